@@ -1,0 +1,5 @@
+"""`python -m vidworld`, the same as the `vidworld` command."""
+
+from vidworld.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""The `vidworld` command: a table of subcommands, each parsed into its own dataclass, imported when used."""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vidworld.errors import ConfigError, PreemptedError, VidworldError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `module:function`, called with (arguments, prog); it parses them with `config.parse`."""
+
+    target: str
+    summary: str
+
+
+COMMANDS = {
+    "shard": Command("vidworld.data.convert:main", "turn robot logs into WebDataset shards"),
+    "inspect": Command("vidworld.data.inspect:main", "say what a dataset holds"),
+    "lab": Command("vidworld.demo:lab_main", "make episodes with a ground-truth simulator"),
+    "encode": Command("vidworld.trainer.encode:main", "turn video shards into latent shards"),
+    "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
+    "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),
+    "eval": Command("vidworld.evaluation.evaluate:main", "measure a world model on held-out episodes"),
+    "export": Command("vidworld.evaluation.export:main", "pack a run into a small folder to share"),
+    "demo": Command("vidworld.demo:main", "logs to shards to model to rollouts, in minutes on a CPU"),
+}
+
+
+def usage() -> str:
+    """The text of `vidworld --help`."""
+    rows = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: vidworld COMMAND [arguments]\n\nRobot logs in, simulator out.\n\n"
+        f"{rows}\n\nvidworld COMMAND --help says more. "
+        "Exit codes: 0 done, 2 your input, 3 preempted, 4 diverged, 1 anything else."
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; errors of the user print one line and no traceback."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from vidworld import __version__
+
+        print(f"vidworld {__version__}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise ConfigError(
+                f"unknown command {name!r}",
+                fix=f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}",
+            )
+        module, _, function = COMMANDS[name].target.partition(":")
+        getattr(importlib.import_module(module), function)(rest, f"vidworld {name}")
+    except VidworldError as error:
+        label = "stopped" if isinstance(error, PreemptedError) else "error"
+        print(f"vidworld: {label}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("vidworld: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    raise SystemExit(run(sys.argv[1:]))

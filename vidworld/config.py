@@ -1,0 +1,146 @@
+"""One way in for every setting: frozen dataclasses, a YAML of differences, dotted overrides.
+
+Defaults live in the dataclasses only. A misspelt key or flag is refused with a suggestion.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from vidworld.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], differences: Mapping[str, Any], *, where: object = "the configuration") -> T:
+    """Build `cls` from its defaults and a nested mapping of differences, refusing what it does not know.
+
+    Raises ConfigError naming the dotted key, the value got, what was expected and the nearest known key.
+    """
+    _refuse_unknown(cls, differences, where)
+    try:
+        # Strict through JSON, where a list may stand for a tuple and a string for a Path.
+        return TypeAdapter(cls).validate_json(json.dumps(differences, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        raise ConfigError(
+            f"setting {path!r}" if path else "setting",
+            where=where,
+            got=repr(first.get("input")),
+            expected=first["msg"].removeprefix("Input should be ").removeprefix("Value error, "),
+        ) from None
+
+
+def from_yaml(cls: type[T], path: Path) -> T:
+    """Read a YAML of differences into `cls`."""
+    return from_mapping(cls, read_yaml(path), where=path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError("cannot read the configuration", where=path, got=error.strerror) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("not valid YAML", where=path, got=str(error)) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            "top level of the YAML", where=path, got=type(loaded).__name__, expected="a mapping"
+        )
+    return loaded
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain JSON values, every field included."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_plain))
+
+
+def to_yaml(config: Any) -> str:
+    """Turn a config dataclass into the YAML that repeats it."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def digest(config: Any) -> str:
+    """Short sha256 of a config dataclass or JSON value, equal for equal content."""
+    content = to_mapping(config) if dataclasses.is_dataclass(config) else config
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | None = None) -> T:
+    """Parse command-line arguments into `cls`, starting from `default`, with errors of one line.
+
+    Help goes to standard output and raises SystemExit(0) as usual.
+    """
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            given = {} if default is None else {"default": default}
+            return tyro.cli(
+                cls, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,), **given
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(captured.getvalue()), fix=f"see {prog} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """Flatten tyro's boxed message."""
+    words = re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", box)
+    words = re.sub(r"For full helptext.*", "", words, flags=re.DOTALL)
+    return " ".join(words.split()) or "the arguments could not be parsed"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not belong in a config")
+
+
+def _refuse_unknown(cls: type, given: Mapping[str, Any], where: object, prefix: str = "") -> None:
+    """Name the nearest known key for each unknown one; unions are left to pydantic."""
+    for key, value, known, inner in _walk(cls, given):
+        if known is not None:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"unknown setting {prefix + key!r}",
+                where=where,
+                fix=f"did you mean {prefix + near[0]!r}?" if near else f"known settings: {', '.join(known)}",
+            )
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown(inner, value, where, f"{prefix}{key}.")
+
+
+def _walk(cls: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any, list[str] | None, type | None]]:
+    """Yield (key, value, known keys if the key is unknown, nested dataclass if there is one)."""
+    hints = get_type_hints(cls)
+    names = (
+        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else list(hints)
+    )
+    for key, value in given.items():
+        if key not in names:
+            yield str(key), value, names, None
+        else:
+            hint = hints[key]
+            yield (
+                key,
+                value,
+                None,
+                hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None,
+            )
