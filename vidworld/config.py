@@ -90,10 +90,10 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | Non
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            given = {} if default is None else {"default": default}
-            return tyro.cli(
-                cls, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,), **given
-            )
+            options: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands,)}
+            if default is not None:
+                options["default"] = default
+            return tyro.cli(cls, args=list(arguments), prog=prog, **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
