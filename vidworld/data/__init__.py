@@ -1,0 +1,1 @@
+"""Datasets: shards, manifest, sources, sample order and loader."""

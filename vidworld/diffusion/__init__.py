@@ -1,0 +1,1 @@
+"""Diffusion maths; the model arrives as a callable."""
