@@ -89,6 +89,8 @@ class ActionContract:
     """What a user should know, such as measured velocities standing in for commands."""
 
     def __post_init__(self) -> None:
+        # An int rate would change the digest after a trip through JSON.
+        object.__setattr__(self, "rate_hz", float(self.rate_hz))
         for role, dimensions, statistics in (
             ("action", self.action, self.action_statistics),
             ("proprio", self.proprio, self.proprio_statistics),

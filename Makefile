@@ -1,0 +1,46 @@
+# make setup | demo | test | lint | bench: each creates .venv and installs what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT ?= outputs/demo
+DATA ?=
+
+.PHONY: help setup demo test lint types pytest slow wheel clean
+help:
+	@echo "make demo               logs -> shards -> tokenizer -> world model -> rollouts -> report, on a CPU"
+	@echo "make demo DATA=FOLDER   the same on your own dataset"
+	@echo "make test               lint, types, tests, wheel check (what CI runs)"
+	@echo "make slow               the tests that take longer (DeepSpeed, kill loops)"
+	@echo "make setup              only create .venv and install"
+
+setup: $(INSTALLED)
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidworld needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/vidworld demo --out $(OUT) $(if $(DATA),--data $(DATA)) --overwrite
+
+test: lint types pytest wheel
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+pytest: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+wheel: setup
+	$(BIN)/python tools/check_wheel.py
+
+clean:
+	rm -rf $(VENV) build dist outputs runs .pytest_cache .ruff_cache
