@@ -108,7 +108,7 @@ def simulate(seed: int, config: PlanarConfig = PlanarConfig()) -> Trajectory:
 def advance(
     joints_2: np.ndarray, disc_2: np.ndarray, velocity_2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One step of 1/rate seconds: joints integrate, the disc is pushed out of the tip's way (quasi-static)."""
+    """One step of 1/rate seconds: joints integrate, the tip pushes the disc out of its way (quasi-static)."""
     substeps = 8
     for _ in range(substeps):
         joints_2 = _bounded(joints_2 + velocity_2 / EMBODIMENT.rate_hz / substeps)
