@@ -1,0 +1,87 @@
+"""The energy score: a proper score of samples, so that one-step samples learn the spread of the future.
+
+Gneiting & Raftery 2007, for vectors; trained on a model that takes noise as an input (distributional
+diffusion models, De Bortoli et al. 2025; FGN, Alet et al. 2025).
+"""
+
+from dataclasses import dataclass
+
+import einops
+import torch
+from torch import Tensor
+
+from vidworld.errors import ConfigError
+from vidworld.types import Frames
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Energy-score fine-tune of one-step samples."""
+
+    samples: int = 2
+    """Samples of each target frame, at least 2."""
+    fairness: float = 0.95
+    """1 is the fair score, which is degenerate at two samples; 0 is the biased one."""
+    patch: int = 2
+    """Latents are scored in patches of this many pixels a side, all channels of a view together."""
+    global_weight: float = 0.5
+    """Weight of the score of whole frames, all views together, against the mean over patches."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range with ConfigError."""
+        if self.samples < 2:
+            raise ConfigError("objective.energy.samples", got=self.samples, expected="2 or more")
+        if not 0 <= self.fairness <= 1:
+            raise ConfigError("objective.energy.fairness", got=self.fairness, expected="a share from 0 to 1")
+        if self.patch < 1 or self.global_weight < 0:
+            raise ConfigError(
+                "objective.energy",
+                got=(self.patch, self.global_weight),
+                expected="a patch of 1 or more, no weight below 0",
+            )
+
+
+def energy_score(samples_MXD: Tensor, target_XD: Tensor, *, fairness: float = 1.0) -> Tensor:
+    """Energy score of M samples for vectors along the last axis; any axes X between; lower is better.
+
+    (1/M) sum_j |x_j - y|  -  (1 - e) / (2 M (M - 1)) sum_{j != k} |x_j - x_k|,  e = (1 - fairness) / M: fair
+    at fairness 1, almost fair at 0.95 (AIFS-CRPS, Lang et al. 2024), the score of the empirical distribution
+    at 0. With D = 1 this is the CRPS.
+    """
+    num_samples = len(samples_MXD)
+    if num_samples < 2:
+        raise ValueError(f"energy score of {num_samples} samples; expected at least 2")
+    error_X = torch.linalg.vector_norm(samples_MXD - target_XD, dim=-1).mean(0)
+    first, second = torch.triu_indices(num_samples, num_samples, offset=1, device=samples_MXD.device)
+    spread_X = torch.linalg.vector_norm(samples_MXD[first] - samples_MXD[second], dim=-1).mean(0)
+    biased = (1 - fairness) / num_samples
+    return error_X - 0.5 * (1 - biased) * spread_X
+
+
+def frame_energy_scores(samples_M: Frames, target: Frames, config: EnergyConfig) -> tuple[Tensor, Tensor]:
+    """Scores [B, T] of latents (mean over patches plus whole frames) and of proprioception.
+
+    `samples_M` has an axis of samples in front of each tensor. Norms are divided by the root of their
+    dimensions, so that each score is of the order of the error of one value.
+    """
+
+    def scaled(samples: Tensor, target: Tensor) -> Tensor:
+        score = energy_score(samples.float(), target.float(), fairness=config.fairness)
+        return score / max(1, target.shape[-1]) ** 0.5
+
+    patches = scaled(
+        _patches(samples_M.latents_BTVChw, config.patch), _patches(target.latents_BTVChw, config.patch)
+    ).mean((-3, -2, -1))
+    whole = scaled(samples_M.latents_BTVChw.flatten(-4), target.latents_BTVChw.flatten(-4))
+    return patches + config.global_weight * whole, scaled(samples_M.proprio_BTS, target.proprio_BTS)
+
+
+def _patches(latents_XVChw: Tensor, patch: int) -> Tensor:
+    """Cut latents [..., V, C, h, w] into patches [..., V, h/patch, w/patch, C*patch*patch]."""
+    height, width = latents_XVChw.shape[-2:]
+    if height % patch or width % patch:
+        raise ConfigError(
+            "objective.energy.patch", got=patch, expected=f"a divisor of the latent size {height}x{width}"
+        )
+    pattern = "... c (h p) (w q) -> ... h w (c p q)"
+    return einops.rearrange(latents_XVChw, pattern, p=patch, q=patch)

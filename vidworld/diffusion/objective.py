@@ -1,0 +1,222 @@
+"""What the model learns: x-prediction flow matching with shortcut forcing, or energy scores.
+
+All randomness comes from an explicit generator or arrives as noise. Context streams are the model's business
+(the `Predict` closes over them): here are only the frames to be denoised.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vidworld.diffusion.energy import EnergyConfig, frame_energy_scores
+from vidworld.diffusion.energy import energy_score as energy_score
+from vidworld.diffusion.path import advance, clean_from, constant_level, mix, shift, velocity
+from vidworld.diffusion.predict import Predict
+from vidworld.errors import ConfigError
+from vidworld.types import Frames, SignalLevel
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Objective of the dynamics (Dreamer 4, Hafner et al. 2025; shortcut models, Frans et al. 2024)."""
+
+    kind: Literal["shortcut", "energy"] = "shortcut"
+    """`shortcut` trains the model; `energy` is a short fine-tune of one-step samples."""
+    finest_steps: int = 16
+    """Steps of the finest sampler, a power of two: 1/finest_steps is the step size of plain flow matching."""
+    context_noise: float = 0.3
+    """Context frames get a share of noise uniform in [0, context_noise], which the model is told."""
+    bootstrap_fraction: float = 0.25
+    """Share of rows that learn large steps from two half steps."""
+    bootstrap_start: float = 0.2
+    """Share of training before the bootstrap begins: half steps must be worth copying."""
+    pure_noise_fraction: float = 0.3
+    """Extra mass of flow levels at tau = 0, where few-step sampling starts."""
+    proprio_weight: float = 0.2
+    """Weight of proprioception against the latents."""
+    ramp: tuple[float, float] = (0.9, 0.1)
+    """Weight of a frame at level tau: ramp[0] * tau + ramp[1]."""
+    shift: Literal["auto", "none"] = "auto"
+    """Shift of flow levels towards noise for latents of more than 4096 tokens x channels."""
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    """Read when kind is `energy`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range with ConfigError."""
+        if self.finest_steps < 1 or self.finest_steps & (self.finest_steps - 1):
+            raise ConfigError("objective.finest_steps", got=self.finest_steps, expected="a power of two")
+        for name in ("context_noise", "bootstrap_fraction", "bootstrap_start", "pure_noise_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"objective.{name}", got=value, expected="a share from 0 to 1")
+        if self.proprio_weight < 0 or min(self.ramp[1], sum(self.ramp)) < 0:
+            raise ConfigError(
+                "objective weights", got=(self.proprio_weight, self.ramp), expected="none below 0"
+            )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Levels and step sizes of a batch; the first `num_bootstrap` rows are the bootstrap rows."""
+
+    level: SignalLevel
+    step_BT: Tensor
+    num_bootstrap: int
+
+
+def bootstrap_rows(config: ObjectiveConfig, batch_size: int, progress: float, count: int) -> int:
+    """Bootstrap rows of a micro-batch, from the share of training done and micro-batches so far.
+
+    Alternates between whole numbers where the share is no whole number of rows, and is the same on every
+    rank: ranks that disagree on the number of model calls hang under ZeRO-3.
+    """
+    if progress < config.bootstrap_start or config.finest_steps == 1:
+        return 0
+    rows = batch_size * config.bootstrap_fraction
+    return min(batch_size, int(rows * (count + 1) + 1e-6) - int(rows * count + 1e-6))
+
+
+def draw_levels(
+    frames: Frames, config: ObjectiveConfig, *, num_bootstrap: int, generator: torch.Generator
+) -> Draws:
+    """Draw a level and a step size for each frame of a batch [B, T].
+
+    Flow rows: d = 1/finest_steps; tau uniform in [0, 1), shifted, and 0 for `pure_noise_fraction` of them.
+    Bootstrap rows: d uniform over 1, 1/2, ... 2/finest_steps; tau uniform over the multiples of d below 1.
+    """
+    shape, device = frames.proprio_BTS.shape[:2], generator.device
+    uniform_BT = torch.rand(shape, generator=generator, device=device)
+    level = SignalLevel.from_signal(uniform_BT)
+    if config.shift == "auto":
+        level = shift(level, frames.latents_BTVChw[0, 0].numel())
+    pure_BT = torch.rand(shape, generator=generator, device=device) < config.pure_noise_fraction
+    tau_BT = torch.where(pure_BT, 0.0, level.signal)
+
+    num_sizes = max(1, config.finest_steps.bit_length() - 1)
+    octave_BT = torch.randint(num_sizes, shape, generator=generator, device=device)
+    coarse_BT = 0.5**octave_BT
+    grid_BT = torch.floor(uniform_BT / coarse_BT) * coarse_BT
+    is_bootstrap_B1 = torch.arange(shape[0], device=device)[:, None] < num_bootstrap
+    signal_BT = torch.where(is_bootstrap_B1, grid_BT, tau_BT)
+    step_BT = torch.where(is_bootstrap_B1, coarse_BT, 1 / config.finest_steps)
+    target = frames.proprio_BTS.device
+    return Draws(SignalLevel.from_signal(signal_BT.to(target)), step_BT.to(target), num_bootstrap)
+
+
+def context_levels(frames: Frames, config: ObjectiveConfig, *, generator: torch.Generator) -> SignalLevel:
+    """Levels [B, T] of context frames: a share of noise uniform in [0, context_noise] for each frame."""
+    noise_BT = torch.rand(frames.proprio_BTS.shape[:2], generator=generator, device=generator.device)
+    return SignalLevel.from_noise(noise_BT.to(frames.proprio_BTS.device) * config.context_noise)
+
+
+def noise_like(frames: Frames, *, generator: torch.Generator) -> Frames:
+    """Standard normal frames of the same shape, in float32."""
+
+    def normal(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, device=generator.device).to(tensor.device)
+
+    return frames.map(normal)
+
+
+@torch.no_grad()
+def bootstrap_target(predict: Predict, z: Frames, level: SignalLevel, step_BT: Tensor) -> Frames:
+    """Where one step of size d should point, from two steps of d/2, without gradient.
+
+    With b' and b'' the velocities of the two half steps, the target in x-space is
+    z + (1 - tau) (b' + b'') / 2 (Dreamer 4, written for x-prediction).
+    """
+    half_BT = step_BT / 2
+    first = velocity(predict(z, level, half_BT), z, level)
+    middle = advance(z, first, half_BT)
+    middle_level = SignalLevel.from_signal(level.signal + half_BT)
+    second = velocity(predict(middle, middle_level, half_BT), middle, middle_level)
+    return clean_from(z, first.map(lambda a, b: (a + b) / 2, second), level)
+
+
+def shortcut_loss(
+    predict: Predict,
+    predict_rows: Predict,
+    clean: Frames,
+    noise: Frames,
+    draws: Draws,
+    config: ObjectiveConfig,
+    *,
+    frame_weight_BT: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> dict[str, Tensor]:
+    """Shortcut forcing in x-space: w(tau) |f(z, tau, d) - target|^2, w = 0.9 tau + 0.1.
+
+    The target is the clean frame on flow rows and `bootstrap_target` on the first `draws.num_bootstrap` rows,
+    for which `predict_rows` is `predict` on those rows alone. The error is a mean over a frame's latents plus
+    `proprio_weight` times a mean over its proprioception; frames are averaged with `frame_weight_BT` (default
+    1; all zero gives exactly 0). `denominator` replaces the sum of the weights, so that accumulated
+    micro-batches of unequal weight add up to one large batch.
+
+    Returns "loss" to minimise, and for the log "flow" and "bootstrap" (the same over their rows), "latents"
+    and "proprio" (the mean squared errors, unweighted by the ramp).
+    """
+    z = mix(clean, noise, draws.level)
+    target, num_bootstrap = clean, draws.num_bootstrap
+    if num_bootstrap:
+        rows = slice(0, num_bootstrap)
+        taught = bootstrap_target(predict_rows, z[rows], draws.level[rows], draws.step_BT[rows])
+        target = Frames.cat([taught, clean[num_bootstrap:]], 0)
+    errors = predict(z, draws.level, draws.step_BT).map(_mean_squared_error, target)
+    latents_BT, proprio_BT = errors.latents_BTVChw, errors.proprio_BTS
+    ramp_BT = config.ramp[0] * draws.level.signal + config.ramp[1]
+    loss_BT = ramp_BT * (latents_BT + config.proprio_weight * proprio_BT)
+    weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
+    return {
+        "loss": weighted_mean(loss_BT, weight_BT, denominator),
+        "flow": weighted_mean(loss_BT[num_bootstrap:], weight_BT[num_bootstrap:]).detach(),
+        "bootstrap": weighted_mean(loss_BT[:num_bootstrap], weight_BT[:num_bootstrap]).detach(),
+        "latents": weighted_mean(latents_BT, weight_BT).detach(),
+        "proprio": weighted_mean(proprio_BT, weight_BT).detach(),
+    }
+
+
+def energy_loss(
+    predict: Predict,
+    clean: Frames,
+    noise: Frames,
+    config: ObjectiveConfig,
+    *,
+    frame_weight_BT: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> dict[str, Tensor]:
+    """Energy score of one-step samples: tau = 0, d = 1, `config.energy.samples` samples of every frame.
+
+    `noise` and what `predict` gives hold the M samples one after another along time [B, M * T], one target
+    stream a sample. Never couple them: no shared noise, no attention between samples. Weights as in
+    `shortcut_loss`.
+
+    Returns "loss", and for the log "latents" and "proprio" (their scores).
+    """
+    num_samples = config.energy.samples
+    level = constant_level(noise, 0.0)
+    predicted = predict(noise, level, torch.ones_like(level.signal))
+    samples_M = predicted.map(lambda tensor: tensor.unflatten(1, (num_samples, -1)).movedim(1, 0))
+    latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy)
+    loss_BT = latents_BT + config.proprio_weight * proprio_BT
+    weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
+    return {
+        "loss": weighted_mean(loss_BT, weight_BT, denominator),
+        "latents": weighted_mean(latents_BT, weight_BT).detach(),
+        "proprio": weighted_mean(proprio_BT, weight_BT).detach(),
+    }
+
+
+def weighted_mean(value_BT: Tensor, weight_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Mean over frames of positive weight, exactly 0 (and without NaN) when there is none."""
+    total = torch.where(weight_BT > 0, value_BT * weight_BT, 0.0).sum()
+    count = weight_BT.sum() if denominator is None else torch.as_tensor(denominator).to(weight_BT)
+    return total / torch.where(count > 0, count, 1.0)
+
+
+def _mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean over all axes but batch and time, in float32 or better; 0 where a frame has no values."""
+    difference = (predicted - target).flatten(2)
+    squared = difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
+    return squared.mean(-1) if squared.shape[-1] else squared.sum(-1)
