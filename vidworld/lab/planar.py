@@ -11,10 +11,12 @@ from functools import partial
 
 import numpy as np
 
+from vidworld.config import digest, to_mapping
 from vidworld.contract import Dimension
 from vidworld.errors import DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
 
+VERSION = 1
 EMBODIMENT = EmbodimentSpec(
     embodiment="planar_arm",
     rate_hz=10.0,
@@ -172,6 +174,11 @@ class PlanarSource:
     def fps(self) -> float:
         """Frames per second."""
         return EMBODIMENT.rate_hz
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what determines the episodes; raise VERSION when the same seed shows something else."""
+        return digest([VERSION, self.episodes, self.seed, to_mapping(self.config)])
 
     def episode_ids(self) -> list[str]:
         """Ids in order."""
