@@ -1,0 +1,85 @@
+"""The KV cache of a rollout, as a value: every operation returns a new cache and leaves the old one valid.
+
+Shapes: B batch, N tokens a frame, h key-value heads, F cached frames, d head dims.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one time-attention layer, [B, N, h, F, d] each; keys normalised, not yet rotated."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the frames known so far, one pair a time-attention layer.
+
+    Keys are stored before RoPE and rotated when they are read, by their slot in the cache. So time is
+    relative to the window: dropping old frames or pinning the first ones moves the rest to lower slots, and a
+    rollout of any length only ever sees the positions that training saw, as long as at most T_train - 1
+    frames are kept.
+    """
+
+    layers: tuple[KeyValue, ...]
+
+    @property
+    def num_frames(self) -> int:
+        """Cached frames."""
+        return self.layers[0].key.shape[3]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.layers[0].key.shape[0]
+
+    def append(self, layers: Sequence[KeyValue]) -> "KVCache":
+        """Add newer frames at the end."""
+        assert len(layers) == len(self.layers)
+        return KVCache(
+            tuple(
+                KeyValue(torch.cat([old.key, new.key], 3), torch.cat([old.value, new.value], 3))
+                for old, new in zip(self.layers, layers, strict=True)
+            )
+        )
+
+    def fork(self, index_B: Tensor) -> "KVCache":
+        """Select rows, with repetition: one state becomes many, or the survivors are kept."""
+        return KVCache(
+            tuple(
+                KeyValue(layer.key.index_select(0, index_B), layer.value.index_select(0, index_B))
+                for layer in self.layers
+            )
+        )
+
+    def roll(self, window: int, sink: int = 0) -> "KVCache":
+        """Keep the first `sink` frames, pinned, and the newest others: at most `window` in all.
+
+        What a kept frame stored is left as it is, so it may still remember frames that were dropped.
+        """
+        if not 0 <= sink < window:
+            raise ValueError(f"sink must lie in [0, window): got sink {sink}, window {window}")
+        if self.num_frames <= window:
+            return self
+        newest = self.num_frames - (window - sink)
+
+        def keep(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:, :, :, :sink], tensor[:, :, :, newest:]], 3)
+
+        return KVCache(tuple(KeyValue(keep(layer.key), keep(layer.value)) for layer in self.layers))
+
+    def truncate(self, num_frames: int) -> "KVCache":
+        """Keep only the first `num_frames`: forget frames that were given but not decided yet."""
+        return KVCache(
+            tuple(
+                KeyValue(layer.key[:, :, :, :num_frames], layer.value[:, :, :, :num_frames])
+                for layer in self.layers
+            )
+        )

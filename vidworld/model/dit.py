@@ -1,0 +1,318 @@
+"""The world model's network: a factorised space-time causal diffusion transformer.
+
+Each frame is a set of tokens. Space attention mixes the tokens of one frame in every block; time attention
+mixes each token with its own past in every `time_every`-th block. What a frame is conditioned on (signal
+level, step size, actions, embodiment) modulates its tokens (AdaLN, arXiv 2212.09748, sec. 3.2). The network
+predicts clean frames.
+
+Shapes: B batch, T frames (all streams together), N tokens a frame, D width, G sequences attended alone, n
+their length, H query heads, h key-value heads, d head dims.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from vidworld.errors import ConfigError
+from vidworld.model.attention import Backend, attend, prepare_mask, resolve_backend
+from vidworld.model.cache import KeyValue, KVCache
+from vidworld.model.embed import (
+    ActionEmbedding,
+    ConditionEmbedding,
+    EmbodimentLinear,
+    TokenEmbedding,
+    patch_positions,
+    unpatchify,
+)
+from vidworld.model.inputs import Conditioning, FrameShape, Streams
+from vidworld.model.rope import Rotation, axial_rotation, rotate
+from vidworld.types import Frames, SignalLevel
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Size and make-up of the transformer."""
+
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    """Key-value heads, shared by groups of query heads; they decide the size of the KV cache."""
+    mlp_ratio: float = 8 / 3
+    """Hidden width of the SwiGLU MLP over the model's, rounded up to a multiple of 64."""
+    patch_size: int = 2
+    time_every: int = 4
+    """Every so many blocks, one attends along time."""
+    num_registers: int = 4
+    """Tokens that hold no data, for global information (arXiv 2309.16588)."""
+    noise_dims: int = 0
+    """Size of the noise that selects one joint future of a frame (energy-score models); 0 for none."""
+    attention: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        rules = {
+            "width": (self.width % self.num_heads == 0, f"a multiple of num_heads = {self.num_heads}"),
+            "num_heads": (
+                self.width // self.num_heads % 4 == 0,
+                "width / num_heads divisible by 4 (rows and columns each rotate pairs)",
+            ),
+            "num_kv_heads": (
+                self.num_heads % self.num_kv_heads == 0,
+                f"a divisor of num_heads = {self.num_heads}",
+            ),
+            "depth": (self.depth >= self.time_every, f"at least time_every = {self.time_every}"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ConfigError(
+                    f"setting {name!r} of the model", got=getattr(self, name), expected=expected
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return -(-round(self.mlp_ratio * self.width) // 64) * 64
+
+    def attends_time(self, layer: int) -> bool:
+        """Whether block `layer` has time attention: the last of every `time_every`."""
+        return (layer + 1) % self.time_every == 0
+
+
+class Axis(NamedTuple):
+    """How one axis is attended: rotations of queries and keys, who sees whom, and by which backend."""
+
+    query: Rotation
+    key: Rotation
+    mask: Tensor | BlockMask | None
+    backend: Backend
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, over one axis and an optional past."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.query_scale_d = nn.Parameter(torch.ones(config.head_dim))
+        self.key_scale_d = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d]."""
+        heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_GHnd, k_Ghnd, v_Ghnd = heads.split(self.heads, dim=1)
+        q_GHnd = _rms_norm(q_GHnd, self.query_scale_d)
+        new = KeyValue(_rms_norm(k_Ghnd, self.key_scale_d), v_Ghnd)
+        k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
+        mixed_GHnd = attend(
+            rotate(q_GHnd, axis.query), rotate(k_Ghnd, axis.key), v_Ghnd, axis.mask, axis.backend
+        )
+        return self.out(mixed_GHnd.transpose(1, 2).flatten(2)), new
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of arXiv 2002.05202, eq. 6."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_hidden, bias=False)
+        self.down = nn.Linear(config.mlp_hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Space attention, time attention in some blocks, and an MLP; modulated and gated per frame.
+
+    The gates start at zero, so that every block starts as the identity. Takes and returns tensors only, so
+    that it compiles into one graph.
+    """
+
+    def __init__(self, config: DiTConfig, layer: int) -> None:
+        super().__init__()
+        self.space = SelfAttention(config)
+        self.time = SelfAttention(config) if config.attends_time(layer) else None
+        self.mlp = SwiGLU(config)
+        self.num_parts = 3 * (2 if self.time is None else 3)
+        self.modulation = nn.Linear(config.width, self.num_parts * config.width)
+
+    def forward(
+        self,
+        x_BTND: Tensor,
+        condition_BTD: Tensor,
+        space: Axis,
+        time: Axis,
+        past: KeyValue | None = None,
+        commit: bool = False,
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Returns the tokens and, from a block with time attention if `commit`, its new keys and values."""
+        batch, frames, tokens, _ = x_BTND.shape
+        parts = self.modulation(F.silu(condition_BTD))[:, :, None].chunk(self.num_parts, dim=-1)
+
+        shift, scale, gate = parts[:3]
+        h_GnD = _modulate(x_BTND, shift, scale).flatten(0, 1)
+        h_GnD, _ = self.space(h_GnD, space)
+        x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, frames))
+
+        new = None
+        if self.time is not None:
+            shift, scale, gate = parts[3:6]
+            h_GnD = _modulate(x_BTND, shift, scale).transpose(1, 2).flatten(0, 1)
+            if past is not None:
+                past = KeyValue(past.key.flatten(0, 1), past.value.flatten(0, 1))
+            h_GnD, new = self.time(h_GnD, time, past)
+            x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, tokens)).transpose(1, 2)
+            new = KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new)) if commit else None
+
+        shift, scale, gate = parts[-3:]
+        return x_BTND + gate * self.mlp(_modulate(x_BTND, shift, scale)), new
+
+
+class CausalDiT(nn.Module):
+    """Predicts clean frames from noisy ones, each with its own signal level, seeing only the past.
+
+    >>> model = CausalDiT(DiTConfig(width=32, depth=4, num_heads=2), FrameShape(1, 4, 4, 4, 3, 2))
+    >>> sum(p.numel() for p in model.parameters()) > 0
+    True
+    """
+
+    positions_N2: Tensor
+
+    def __init__(self, config: DiTConfig, shape: FrameShape) -> None:
+        super().__init__()
+        if shape.height % config.patch_size or shape.width % config.patch_size:
+            raise ConfigError(
+                "latent size",
+                got=f"{shape.height}x{shape.width}",
+                expected=f"a multiple of patch_size = {config.patch_size}",
+            )
+        self.config, self.shape = config, shape
+        width = config.width
+        self.action_embedding = ActionEmbedding(shape, width)
+        self.token_embedding = TokenEmbedding(shape, width, config.patch_size, config.num_registers)
+        self.condition_embedding = ConditionEmbedding(shape, width, config.noise_dims)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.patch_head = nn.Linear(width, shape.channels * config.patch_size**2)
+        self.proprio_head = EmbodimentLinear(
+            shape.num_embodiments, width, shape.proprio_dims, used_out=shape.embodiment_proprio_dims
+        )
+        # Integers, so that a change of the model's dtype cannot round them.
+        num_special = 1 + shape.actions_per_frame + config.num_registers
+        positions_N2 = patch_positions(shape, config.patch_size, num_special)
+        self.register_buffer("positions_N2", positions_N2, persistent=False)
+        self.num_patches = len(positions_N2) - num_special
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Blocks start as the identity and heads at zero, so the first prediction is the mean of the data.
+
+        Matrices keep the scale of what passes through them: std 1 / sqrt(inputs).
+        """
+        for block in self.blocks:
+            for name, parameter in block.named_parameters():
+                if name.startswith("modulation."):
+                    nn.init.zeros_(parameter)
+                elif parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        for head in (self.head_modulation, self.patch_head, self.proprio_head):
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Patches of all views, proprioception, actions and registers."""
+        return len(self.positions_N2)
+
+    def forward(
+        self,
+        frames: Frames,
+        level: SignalLevel,
+        step_BT: Tensor,
+        conditioning: Conditioning,
+        *,
+        streams: Streams,
+        cache: KVCache | None = None,
+        commit: bool = False,
+    ) -> tuple[Frames, KVCache | None]:
+        """Predict the clean frames of `frames`, in the dtype they came in.
+
+        frames, level [B, T], step_BT and conditioning share the time axis that `streams` describes. With a
+        `cache` they come after the cached frames. With `commit` the extended cache is returned (only the
+        context stream is kept), else None.
+        """
+        streams = replace(streams, past=0 if cache is None else cache.num_frames)
+        assert frames.num_frames == streams.num_queries, (frames.num_frames, streams)
+        actions_BTkD = self.action_embedding(conditioning)
+        x_BTND = self.token_embedding(frames, actions_BTkD, conditioning.embodiment_B)
+        condition_BTD = self.condition_embedding(level, step_BT, actions_BTkD, conditioning)
+
+        space, time = self._axes(streams, x_BTND)
+        committed: list[KeyValue] = []
+        past = iter(() if cache is None else cache.layers)
+        for block in self.blocks:
+            of_block = next(past, None) if block.time is not None else None
+            x_BTND, new = block(x_BTND, condition_BTD, space, time, of_block, commit)
+            if new is not None:
+                committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
+
+        prediction = self._predict(x_BTND, condition_BTD, conditioning.embodiment_B)
+        prediction = prediction.map(lambda output, like: output.to(like.dtype), frames)
+        if not commit:
+            return prediction, None
+        return prediction, KVCache(tuple(committed)) if cache is None else cache.append(committed)
+
+    def _axes(self, streams: Streams, x_BTND: Tensor) -> tuple[Axis, Axis]:
+        """How space and time are attended in this pass; shared by all blocks."""
+        device, dtype = x_BTND.device, x_BTND.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+
+        def rotation(positions_NP: Tensor) -> Rotation:
+            return axial_rotation(positions_NP, self.config.head_dim, x_BTND.dtype)
+
+        in_space = rotation(self.positions_N2)
+        space = Axis(in_space, in_space, None, resolve_backend(self.config.attention, device, dtype, 0))
+        mask_size = streams.num_queries * streams.num_keys
+        backend = resolve_backend(self.config.attention, device, dtype, mask_size)
+        time = Axis(
+            rotation(streams.query_positions(device)[:, None]),
+            rotation(streams.key_positions(device)[:, None]),
+            prepare_mask(streams, backend, device),
+            backend,
+        )
+        return space, time
+
+    def _predict(self, x_BTND: Tensor, condition_BTD: Tensor, embodiment_B: Tensor) -> Frames:
+        shift, scale = self.head_modulation(F.silu(condition_BTD))[:, :, None].chunk(2, dim=-1)
+        x_BTND = _modulate(x_BTND, shift, scale)
+        patches_BTMP = self.patch_head(x_BTND[:, :, : self.num_patches])
+        proprio_BTS = self.proprio_head(x_BTND[:, :, self.num_patches], embodiment_B)
+        patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
+        return Frames(unpatchify(patches_BTVnP, self.shape, self.config.patch_size), proprio_BTS)
+
+
+def _modulate(x_BTND: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
+    """Normalise without weights of its own, then scale and shift by the frame's condition."""
+    return F.rms_norm(x_BTND, x_BTND.shape[-1:]) * (1 + scale_BT1D) + shift_BT1D
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return (F.rms_norm(x, x.shape[-1:]) * weight).to(x.dtype)
+
+
+def _join_time(past_Ghnd: Tensor, new_Ghnd: Tensor) -> Tensor:
+    return torch.cat([past_Ghnd, new_Ghnd], dim=2)
