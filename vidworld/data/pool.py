@@ -1,0 +1,110 @@
+"""Worker processes that prepare episodes, with results in the order asked for."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from vidworld.data.manifest import Quarantined
+from vidworld.data.prepare import Prepared, Recipe, prepare
+from vidworld.data.sources.base import Source
+from vidworld.errors import ConfigError, ContractError, DataError, VidworldError
+
+Result = Prepared | Quarantined
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to prepare any episode."""
+
+    source: Source
+    recipe: Recipe
+    root: str = ""
+    """Folder of the logs, cut from paths in reasons so that they do not depend on where it lies."""
+
+    def run(self, episode_id: str) -> Result:
+        """Prepare one episode, or say why it is left out. Other errors than of the data are not caught."""
+        try:
+            episode = self.source.read(episode_id)
+            if episode.episode_id != episode_id:
+                raise DataError("episode id", got=repr(episode.episode_id), expected=repr(episode_id))
+            return prepare(episode, self.recipe)
+        except (DataError, ContractError) as error:
+            reason = str(error)
+            return Quarantined(episode_id, reason.replace(f"{self.root}/", "") if self.root else reason)
+        except Exception as error:
+            error.add_note(f"while converting episode {episode_id!r}")
+            raise
+
+
+@contextlib.contextmanager
+def results(job: Job, episode_ids: Sequence[str], workers: int) -> Iterator[Iterator[Result]]:
+    """Results for `episode_ids`, in that order; one worker means this process.
+
+    Raises VidworldError when a worker process dies.
+    """
+    if workers <= 1:
+        yield map(job.run, episode_ids)
+        return
+    try:
+        pickle.dumps(job)
+    except Exception as error:
+        raise ConfigError(
+            "the source cannot be sent to worker processes",
+            got=error,
+            fix="use workers=1, or make it picklable",
+        ) from None
+    # Spawned, not forked: a fork of a process with threads (torch, OpenMP) may hang.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job,))
+    try:
+        yield _in_order(lambda episode_id: pool.submit(_work, episode_id), episode_ids, ahead=2 * workers + 2)
+    except BrokenProcessPool:
+        raise VidworldError(
+            "a worker process died: out of memory (use fewer workers), or a script without the "
+            '`if __name__ == "__main__":` guard; run again to continue'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    submit: Callable[[str], "Future[Result]"], episode_ids: Sequence[str], ahead: int
+) -> Iterator[Result]:
+    """Keep `ahead` episodes in work, so that memory stays bounded however many there are."""
+    waiting: deque[Future[Result]] = deque()
+    for episode_id in episode_ids:
+        waiting.append(submit(episode_id))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_JOB: ContextVar[Job] = ContextVar("job")
+
+
+def _start_worker(job: Job) -> None:
+    _JOB.set(job)
+    # An interrupt at the keyboard reaches every process; the parent alone handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work(episode_id: str) -> Result:
+    return _JOB.get().run(episode_id)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot say goodbye, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,185 @@
+"""An output directory while it is being converted: locked, resumable, published at the end.
+
+    DIR/.vidworld.lock         held while a converter works here
+    DIR/.partial/plan.json     what the unfinished conversion is of
+    DIR/.partial/train-000000.tar, .json    a finished shard and what it holds, with its checksum
+    DIR/shards/, DIR/manifest.json          appear when everything is done, the manifest last
+
+A killed conversion leaves no manifest of its own and loses at most the shard it was writing.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidworld.config import from_mapping, to_mapping
+from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Shard, sync_directory, write_atomic
+from vidworld.errors import ConfigError, DataError
+
+LOCK = ".vidworld.lock"
+STAGING = ".partial"
+SHARDS = "shards"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REPLACE = "pass --overwrite to convert again, or another --out"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive planned episodes and the shard that holds the good ones (None if there are none)."""
+
+    split: str
+    episodes: tuple[str, ...]
+    quarantined: tuple[Quarantined, ...]
+    shard: Shard | None
+
+
+class Staging:
+    """The unfinished part of one output directory; make it with the lock held."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.out, self.folder = out, out / STAGING
+        plan = self.folder / "plan.json"
+        begun = json.loads(plan.read_bytes()) if plan.is_file() else None
+        if begun is not None and not overwrite:
+            require_same(begun, identity, out)
+        if begun != identity:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            write_atomic(plan, json.dumps(identity, indent=1).encode())
+        for leftover in self.folder.glob(".*"):
+            leftover.unlink()
+
+    def finished(self, split: str, episodes: tuple[str, ...]) -> list[Group]:
+        """Groups of a split that an earlier run finished and whose shards are still what they were."""
+        groups: list[Group] = []
+        done = 0
+        while (note := self.note(split, len(groups))).is_file():
+            group = from_mapping(Group, json.loads(note.read_bytes()), where=note)
+            planned = episodes[done : done + len(group.episodes)]
+            if group.episodes != planned or not self._intact(group.shard):
+                break
+            groups.append(group)
+            done += len(group.episodes)
+        return groups
+
+    def note(self, split: str, index: int) -> Path:
+        """Side file of a finished group."""
+        return self.folder / f"{split}-{index:06d}.json"
+
+    def tar(self, split: str, index: int) -> Path:
+        """Where a group's shard is written."""
+        return self.folder / f"{split}-{index:06d}.tar"
+
+    def finish(self, index: int, group: Group) -> None:
+        """Say that a group is done; its shard is on disk already."""
+        write_atomic(self.note(group.split, index), json.dumps(to_mapping(group)).encode())
+
+    def locate(self, shard: Shard) -> Path | None:
+        """Where a shard is now: staged, or in place already if a run was killed while publishing."""
+        staged, placed = self.folder / Path(shard.file).name, self.out / shard.file
+        return next((path for path in (staged, placed) if path.is_file()), None)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Put the shards in place, then write the manifest, then forget the staging folder."""
+        (self.out / MANIFEST).unlink(missing_ok=True)
+        folder = self.out / SHARDS
+        folder.mkdir(exist_ok=True)
+        for shard in manifest.shards:
+            staged = self.folder / Path(shard.file).name
+            if staged.is_file():
+                os.replace(staged, self.out / shard.file)
+        wanted = {Path(shard.file).name for shard in manifest.shards}
+        for stale in folder.glob("*.tar"):
+            if stale.name not in wanted:
+                stale.unlink()
+        sync_directory(folder)
+        manifest.write(self.out)
+        shutil.rmtree(self.folder)
+
+    def _intact(self, shard: Shard | None) -> bool:
+        if shard is None:
+            return True
+        path = self.locate(shard)
+        if path is None or path.stat().st_size != shard.bytes:
+            return False
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+
+
+def existing(out: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    """The finished dataset in a directory, if there is one of the same source and options.
+
+    Raises ConfigError when it was made otherwise, DataError when it is damaged.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        manifest = Manifest.read(out)
+    except DataError as error:
+        raise DataError(f"the dataset that is here already is unreadable ({error})", fix=_REPLACE) from None
+    require_same(manifest.options, identity, out)
+    for shard in manifest.shards:
+        path = out / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise DataError(f"shard {shard.file} is missing or cut", where=out, fix=_REPLACE)
+    return manifest
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Refuse to mix conversions, naming the first option that differs."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            changed = name in ("source", "source_fingerprint")
+            raise ConfigError(
+                f"{'the source' if changed else f'option {name!r}'} is not that of the conversion",
+                where=out,
+                got=json.dumps(new),
+                expected=json.dumps(old),
+                fix=_REPLACE,
+            )
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make a directory and hold it against other converters; a killed one lets go by itself.
+
+    Raises DataError when another converter is at work, or when the directory holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError("--out", got=out, expected="a directory")
+    ours = (MANIFEST, STAGING, LOCK)
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ours):
+        raise ConfigError("--out holds other files", got=out, fix="choose a new or empty directory")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError("cannot write to --out", where=out, got=error.strerror) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one before may have removed the file between our open and our lock.
+        if not (out / LOCK).exists() or os.stat(out / LOCK).st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(handle)
+        raise DataError("another conversion is writing here", where=out, fix="wait for it to end") from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DataError(
+            "no space left", where=out, got=error.strerror, fix="free some and run again: it continues"
+        ) from None
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(handle)
