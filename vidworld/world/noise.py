@@ -9,9 +9,13 @@ a GPU agree to the bit as well; logarithm, sine and cosine of the math libraries
 import enum
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vidworld.model.inputs import FrameShape
+from vidworld.types import Frames
 
 MASK = 0xFFFFFFFF
 MAX_SEED = 2**64
@@ -33,9 +37,6 @@ class Purpose(enum.IntEnum):
     CONTEXT_PROPRIO = 3
     MODEL = 4
     FORK = 5
-    EVALUATION_LATENTS = 6
-    EVALUATION_PROPRIO = 7
-    EVALUATION_CONTEXT = 8
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,6 +98,27 @@ def normal(
     sine = angle * _horner(_SIN_TERMS, squared) * (1 - (angle_word >> 31) * 2)
     normals = torch.stack((radius * cosine, radius * sine), -1)
     return normals.flatten(1)[:, :size].reshape(len(sample_ids_B), *shape).to(dtype)
+
+
+@dataclass(frozen=True)
+class NoiseStream:
+    """The noise of B samples: where every random number of a rollout comes from."""
+
+    seed: int
+    sample_ids_B: Tensor
+    dtype: torch.dtype = torch.float32
+
+    def frames(self, shape: FrameShape, indices: Sequence[int], latents: Purpose, proprio: Purpose) -> Frames:
+        """Noise [B, T, ...] for the frames `indices`, one stream for latents, one for proprioception."""
+        picture = (shape.views, shape.channels, shape.height, shape.width)
+        return Frames(
+            torch.stack([self.draw(index, latents, picture) for index in indices], 1),
+            torch.stack([self.draw(index, proprio, (shape.proprio_dims,)) for index in indices], 1),
+        )
+
+    def draw(self, frame: int, purpose: Purpose, shape: Sequence[int]) -> Tensor:
+        """Noise [B, *shape] of one frame."""
+        return normal(self.seed, self.sample_ids_B, frame, purpose, shape, dtype=self.dtype)
 
 
 def fork_ids(seed: int, sample_ids_B: Tensor, frame: int, copy_B: Tensor) -> Tensor:

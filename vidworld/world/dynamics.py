@@ -1,0 +1,164 @@
+"""How frames are imagined and how known ones become context. Differentiable; no checks, no pixels.
+
+Everything is normalised here. Shapes: B samples, T frames, S proprio dims, X noise dims.
+"""
+
+import dataclasses
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from vidworld.diffusion.guidance import guide
+from vidworld.diffusion.path import constant_level, mix
+from vidworld.diffusion.predict import Predict
+from vidworld.diffusion.samplers import euler, heun
+from vidworld.errors import ConfigError
+from vidworld.model.cache import KVCache
+from vidworld.model.dit import CausalDiT
+from vidworld.model.inputs import Conditioning
+from vidworld.model.two_stream import cached_predictor, ingest
+from vidworld.types import Frames, SignalLevel
+from vidworld.world.noise import NoiseStream, Purpose
+from vidworld.world.spec import SamplerConfig
+
+
+def imagine(
+    model: CausalDiT,
+    cache: KVCache,
+    conditioning: Conditioning,
+    frame: int,
+    stream: NoiseStream,
+    sampler: SamplerConfig,
+) -> tuple[Frames, KVCache]:
+    """Denoise frame number `frame` [B, 1] against the cache and commit it.
+
+    The cache is rolled first, so that with the new frame `sampler.window` frames are in sight: positions
+    never leave the range that training saw.
+    """
+    cache = cache.roll(sampler.window - 1, sampler.sink)
+    clean = sample(
+        _predictor(model, cache, conditioning, frame, stream, sampler.guidance), frame, stream, sampler, model
+    )
+    return clean, commit(model, cache, clean, conditioning, [frame], stream, sampler)
+
+
+def take_in(
+    model: CausalDiT,
+    cache: KVCache | None,
+    known: Frames,
+    has_proprio_B: Tensor | None,
+    conditioning: Conditioning,
+    first_frame: int,
+    stream: NoiseStream,
+    sampler: SamplerConfig,
+) -> tuple[Frames, KVCache]:
+    """Commit known frames [B, T], numbered from `first_frame`; returns the newest one and the cache.
+
+    `has_proprio_B` says whose proprioception is known, None that all is: then all frames go in one pass. Else
+    it is read off the pictures, frame by frame. More frames than the window leaves room for lose the oldest,
+    except for the sink.
+    """
+    room = sampler.window - 1
+    indices = list(range(known.num_frames))
+    if len(indices) > room:
+        indices = indices[: sampler.sink] + indices[len(indices) - (room - sampler.sink) :]
+        known = known[:, indices]
+        kept = torch.tensor(indices, device=known.proprio_BTS.device)
+        conditioning = dataclasses.replace(
+            conditioning,
+            actions_BTkA=conditioning.actions_BTkA[:, kept],
+            keep_BT=conditioning.keep_BT[:, kept],
+        )
+    frames = [first_frame + index for index in indices]
+    if cache is not None:
+        cache = cache.roll(room, sampler.sink)
+    if has_proprio_B is None:
+        return known[:, -1:], commit(model, cache, known, conditioning, frames, stream, sampler)
+    newest = known[:, :1]
+    for t, frame in enumerate(frames):
+        one = conditioning.frames(slice(t, t + 1))
+        newest = read_proprio(model, cache, known[:, t : t + 1], has_proprio_B, one, frame, stream, sampler)
+        cache = commit(model, cache, newest, one, [frame], stream, sampler)
+    assert cache is not None
+    return newest, cache
+
+
+def read_proprio(
+    model: CausalDiT,
+    cache: KVCache | None,
+    known: Frames,
+    has_proprio_B: Tensor,
+    conditioning: Conditioning,
+    frame: int,
+    stream: NoiseStream,
+    sampler: SamplerConfig,
+) -> Frames:
+    """Sample the unknown proprioception of a frame [B, 1] given its picture.
+
+    Pictures and proprioception are denoised together, so a picture that is known only has to be held: with x
+    the known latents as the prediction, z = (1 - tau) eps + tau x at every level, as in training. This is
+    replacement conditioning (Song et al. 2021, appendix I.2) on a straight path.
+    """
+    predict = _predictor(model, cache, conditioning, frame, stream, 0.0)
+    has_proprio_B11 = has_proprio_B[:, None, None]
+
+    def held(z: Frames, level: SignalLevel, step_BT: Tensor) -> Frames:
+        read_B1S = predict(z, level, step_BT).proprio_BTS
+        return Frames(known.latents_BTVChw, torch.where(has_proprio_B11, known.proprio_BTS, read_B1S))
+
+    read_B1S = sample(held, frame, stream, sampler, model).proprio_BTS
+    return Frames(known.latents_BTVChw, torch.where(has_proprio_B11, known.proprio_BTS, read_B1S))
+
+
+def sample(
+    predict: Predict, frame: int, stream: NoiseStream, sampler: SamplerConfig, model: CausalDiT
+) -> Frames:
+    """Run the sampler from the noise of frame number `frame` to a clean frame [B, 1]."""
+    start = stream.frames(model.shape, [frame], Purpose.LATENTS, Purpose.PROPRIO)
+    match sampler.method:
+        case "euler":
+            return euler(predict, start, sampler.steps, finest_steps=sampler.finest_steps)
+        case "heun":
+            return heun(predict, start, sampler.steps, finest_steps=sampler.finest_steps)
+    methods = get_args(SamplerConfig.__annotations__["method"])
+    raise ConfigError("sampler.method", got=sampler.method, expected=" | ".join(methods))
+
+
+def commit(
+    model: CausalDiT,
+    cache: KVCache | None,
+    clean: Frames,
+    conditioning: Conditioning,
+    frames: list[int],
+    stream: NoiseStream,
+    sampler: SamplerConfig,
+) -> KVCache:
+    """Append frames to the context with a little noise of their own, whose level the model is told.
+
+    Without it a model that was trained on perfect context drifts within tens of frames (GameNGen, Valevski et
+    al. 2024, section 3.2.1).
+    """
+    level = constant_level(clean, 1 - sampler.context_noise)
+    if sampler.context_noise:
+        noise = stream.frames(model.shape, frames, Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
+        clean = mix(clean, noise, level)
+    return ingest(model, clean, level, conditioning, cache)
+
+
+def _predictor(
+    model: CausalDiT,
+    cache: KVCache | None,
+    conditioning: Conditioning,
+    frame: int,
+    stream: NoiseStream,
+    guidance: float,
+) -> Predict:
+    if model.config.noise_dims:
+        noise_BX = stream.draw(frame, Purpose.MODEL, (model.config.noise_dims,))
+        conditioning = dataclasses.replace(conditioning, noise_BTX=noise_BX[:, None])
+    return guide(
+        cached_predictor(model, conditioning, cache),
+        cached_predictor(model, conditioning.without_actions(), cache),
+        guidance,
+    )

@@ -1,0 +1,151 @@
+"""What callers hand in, in raw units: prompts, actions, proprioception; checked, made into padded tensors.
+
+Shapes: P prompts, B samples, T camera frames, V views, H W pixels, A action dims, S proprio dims.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidworld.contract import ActionContract
+from vidworld.errors import ConfigError, ContractError, DataError
+from vidworld.world.prompt import Prompt
+from vidworld.world.spec import WorldSpec
+
+Numbers = Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Prompts of equal length side by side, in raw units, padded to the widest embodiment."""
+
+    video_PTVHWC: Tensor
+    proprio_PTS: Tensor
+    has_proprio_P: Tensor
+    actions_PTA: Tensor
+    """Row t leads into camera frame t; zeros lead into the first."""
+    has_actions_P: Tensor
+    embodiment_P: Tensor
+
+
+def gather_prompts(prompts: Sequence[Prompt], spec: WorldSpec, *, allow_out_of_range: bool) -> Given:
+    """Check prompts against the world and stack them, on the CPU."""
+    if not prompts:
+        raise ConfigError("prompts", got="none", expected="at least one")
+    lengths = sorted({prompt.num_frames for prompt in prompts})
+    if len(lengths) > 1:
+        raise DataError("frames of the prompts", got=lengths, expected="the same number for all")
+    shape = (len(prompts), lengths[0])
+    proprio_PTS = torch.zeros(*shape, spec.shape.proprio_dims, dtype=torch.float64)
+    actions_PTA = torch.zeros(*shape, spec.shape.action_dims, dtype=torch.float64)
+    videos, embodiments = [], []
+    for row, prompt in enumerate(prompts):
+        videos.append(torch.tensor(prompt.frames_TVHWC(spec)))
+        contract = prompt.check(spec, allow_out_of_range=allow_out_of_range)
+        embodiments.append(spec.embodiment_index(contract.embodiment))
+        if prompt.proprio is not None:
+            proprio_PTS[row, :, : len(contract.proprio)] = torch.as_tensor(prompt.proprio)
+        if prompt.actions is not None:
+            actions_PTA[row, 1:, : len(contract.action)] = torch.as_tensor(prompt.actions)
+    return Given(
+        video_PTVHWC=torch.stack(videos),
+        proprio_PTS=proprio_PTS,
+        has_proprio_P=torch.tensor([prompt.proprio is not None for prompt in prompts]),
+        actions_PTA=actions_PTA,
+        has_actions_P=torch.tensor([prompt.actions is not None for prompt in prompts]),
+        embodiment_P=torch.tensor(embodiments),
+    )
+
+
+def gather_actions(
+    actions: Numbers,
+    embodiment_B: Tensor,
+    spec: WorldSpec,
+    dtype: torch.dtype,
+    *,
+    check: bool = True,
+    allow_out_of_range: bool = False,
+) -> Tensor:
+    """Actions [B, T, A] or [T, A] as padded rows [B, T, A] on the device of `embodiment_B`, differentiable.
+
+    Values are looked at when `check`, unless they require grad: an optimiser may pass through odd ones, and
+    looking waits for the device. Raises ContractError naming the dimension and the step.
+    """
+    rows_BTA = _rows(actions, embodiment_B, spec, "action", dtype)
+    if check and not rows_BTA.requires_grad:
+        for contract, rows in _by_embodiment(embodiment_B, spec):
+            values = rows_BTA[rows, :, : len(contract.action)]
+            contract.check_actions(
+                values.cpu().numpy(), allow_out_of_range=allow_out_of_range or not values.numel()
+            )
+    return rows_BTA
+
+
+def gather_proprio(proprio: Numbers, embodiment_B: Tensor, spec: WorldSpec, dtype: torch.dtype) -> Tensor:
+    """Proprioception [B, T, S] or [T, S], likewise; only wrong widths and values not finite are refused."""
+    rows_BTS = _rows(proprio, embodiment_B, spec, "proprio", dtype)
+    if not rows_BTS.requires_grad:
+        for contract, rows in _by_embodiment(embodiment_B, spec):
+            contract.check_proprio(rows_BTS[rows, :, : len(contract.proprio)].cpu().numpy())
+    return rows_BTS
+
+
+def gather_pictures(pictures: Tensor | np.ndarray, batch: int, spec: WorldSpec) -> np.ndarray:
+    """One frame for each sample, uint8 [B, V, H, W, 3], or [V, H, W, 3] for all alike."""
+    array = np.asarray(pictures.cpu() if isinstance(pictures, Tensor) else pictures)
+    if array.ndim == 4:
+        array = np.broadcast_to(array, (batch, *array.shape))
+    if array.ndim != 5 or len(array) != batch:
+        raise DataError(
+            "shape of the observed frames", got=array.shape, expected=f"[{batch}, V, H, W, 3] or [V, H, W, 3]"
+        )
+    for picture_VHWC in array:
+        Prompt(picture_VHWC[None]).frames_TVHWC(spec)
+    return array
+
+
+def _rows(values: Numbers, embodiment_B: Tensor, spec: WorldSpec, role: str, dtype: torch.dtype) -> Tensor:
+    if not isinstance(values, Tensor):
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiu":
+            raise ContractError(f"{role} dtype", got=array.dtype, expected="numbers")
+        values = torch.tensor(array)
+    batch, widest = len(embodiment_B), spec.shape.action_dims if role == "action" else spec.shape.proprio_dims
+    widths = {widest} | _common_width(embodiment_B, spec, role)
+    if values.ndim not in (2, 3) or values.shape[-1] not in widths:
+        contract = next(_by_embodiment(embodiment_B, spec))[0]
+        dimensions = contract.action if role == "action" else contract.proprio
+        raise ContractError(
+            f"{role} dimensions",
+            got=f"shape {tuple(values.shape)}",
+            expected=f"{len(dimensions)} in the last axis for embodiment {contract.embodiment!r} "
+            f"({', '.join(dimension.name for dimension in dimensions)})",
+        )
+    if values.ndim == 3 and len(values) not in (1, batch):
+        raise ContractError(
+            f"{role} rows", got=f"{len(values)} samples", expected=f"{batch}, as in the state"
+        )
+    values = values.to(device=embodiment_B.device, dtype=dtype)
+    values = torch.nn.functional.pad(values, (0, widest - values.shape[-1]))
+    return values.expand(batch, *values.shape[-2:])
+
+
+def _common_width(embodiment_B: Tensor, spec: WorldSpec, role: str) -> set[int]:
+    """The width that all samples share without padding, if they do."""
+    used = {
+        len(contract.action if role == "action" else contract.proprio)
+        for contract, _ in _by_embodiment(embodiment_B, spec)
+    }
+    return used if len(used) == 1 else set()
+
+
+def _by_embodiment(embodiment_B: Tensor, spec: WorldSpec) -> Iterator[tuple[ActionContract, Tensor]]:
+    """Each contract in use with its rows; a world of one embodiment need not ask the device."""
+    if len(spec.contracts) == 1:
+        yield spec.contracts[0], torch.arange(len(embodiment_B), device=embodiment_B.device)
+        return
+    for index in sorted(set(embodiment_B.tolist())):
+        yield spec.contracts[index], torch.nonzero(embodiment_B == index)[:, 0]

@@ -1,0 +1,174 @@
+"""What a world is made of, apart from its weights: `world.json` in a run or an export."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from vidworld import __version__
+from vidworld.config import digest, from_mapping, to_mapping
+from vidworld.contract import ActionContract
+from vidworld.errors import CheckpointError, ConfigError, ContractError, UserError
+from vidworld.model.dit import DiTConfig
+from vidworld.model.inputs import FrameShape
+
+FILE_NAME = "world.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How frames are imagined; every rollout may override it."""
+
+    steps: int = 4
+    """Denoising steps a frame, K; a power of two with the shortcut objective."""
+    method: Literal["euler", "heun"] = "euler"
+    finest_steps: int = 16
+    """`objective.finest_steps` of training: the model is never told a smaller step than 1/finest_steps."""
+    context_noise: float = 0.1
+    """Share of noise mixed into every frame before it becomes context; its level is told to the model."""
+    window: int = 16
+    """Frames in sight, the new one included: the clip length of training."""
+    sink: int = 0
+    """First frames that stay in sight when the window rolls on."""
+    guidance: float = 0.0
+    """Weight l of action guidance (1 + l) f_c - l f_u; 0 costs nothing and keeps the spread honest."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range with ConfigError."""
+        if self.steps < 1:
+            raise ConfigError("sampler.steps", got=self.steps, expected="1 or more")
+        if self.finest_steps < 1:
+            raise ConfigError("sampler.finest_steps", got=self.finest_steps, expected="1 or more")
+        if not 0 <= self.context_noise < 1:
+            raise ConfigError("sampler.context_noise", got=self.context_noise, expected="from 0 to below 1")
+        if self.sink < 0 or self.window < self.sink + 2:
+            raise ConfigError(
+                "sampler.window", got=f"{self.window} with a sink of {self.sink}", expected="sink + 2 or more"
+            )
+        if not self.guidance >= 0:
+            raise ConfigError("sampler.guidance", got=self.guidance, expected="0 or more")
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """Architecture, picture format, embodiments and sampler of a world model."""
+
+    model: DiTConfig
+    shape: FrameShape
+    views: tuple[str, ...]
+    height: int
+    width: int
+    """Pixels of every view."""
+    fps: float
+    contracts: tuple[ActionContract, ...]
+    """One an embodiment; a sample's embodiment is an index into them."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tokenizer_digest: str = ""
+    """`Tokenizer.digest` that the latents come from; empty leaves it unchecked."""
+    dataset_digest: str = ""
+    """`Manifest.digest` of the training data."""
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not belong together with ConfigError."""
+        names = [contract.embodiment for contract in self.contracts]
+        facts = {
+            "views": (len(self.views), self.shape.views),
+            "embodiments": (len(names), self.shape.num_embodiments),
+            "action_dims": (max((len(c.action) for c in self.contracts), default=0), self.shape.action_dims),
+            "proprio_dims": (
+                max((len(c.proprio) for c in self.contracts), default=0),
+                self.shape.proprio_dims,
+            ),
+        }
+        for name, (described, built) in facts.items():
+            if described != built:
+                raise ConfigError(
+                    f"{name} of the world", got=f"a model for {built}", expected=f"{described} as described"
+                )
+        if len(set(names)) != len(names) or not names:
+            raise ConfigError("embodiments of the world", got=names, expected="one contract each")
+
+    @cached_property
+    def digest(self) -> str:
+        """Short hash of everything that fixes what a state of this world means; the sampler is left out."""
+        return digest({key: value for key, value in to_mapping(self).items() if key != "sampler"})
+
+    @property
+    def frames_per_step(self) -> int:
+        """Camera frames (and actions) that one latent frame stands for."""
+        return self.shape.actions_per_frame
+
+    def embodiment_index(self, name: str | None, *, where: object = "the prompt") -> int:
+        """Index of an embodiment by name; None means the only one. Raises ContractError."""
+        names = [contract.embodiment for contract in self.contracts]
+        if name is None and len(names) == 1:
+            return 0
+        if name not in names:
+            raise ContractError(
+                "embodiment",
+                where=where,
+                got="none" if name is None else repr(name),
+                expected=f"one of {', '.join(map(repr, names))}",
+            )
+        return names.index(name)
+
+    def write(self, directory: Path) -> Path:
+        """Write `world.json` atomically and return its path."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "vidworld": __version__,
+            "contract_digests": {contract.embodiment: contract.digest for contract in self.contracts},
+            "spec": to_mapping(self),
+        }
+        path = directory / FILE_NAME
+        temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def read(cls, directory: Path) -> "WorldSpec":
+        """Read `world.json` of a folder; raises CheckpointError when it is missing, damaged or altered."""
+        path = directory / FILE_NAME
+        content = read_json(path, fix="give a run directory of `vidworld train` or an export")
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(
+                "schema version",
+                where=path,
+                got=content.get("schema_version"),
+                expected=SCHEMA_VERSION,
+                fix=f"it was written by vidworld {content.get('vidworld')}; this is {__version__}",
+            )
+        try:
+            spec = from_mapping(cls, content.get("spec") or {}, where=path)
+        except UserError as error:
+            raise CheckpointError(str(error)) from None
+        found = {contract.embodiment: contract.digest for contract in spec.contracts}
+        for name, recorded in dict(content.get("contract_digests") or {}).items():
+            if found.get(name) != recorded:
+                raise CheckpointError(
+                    f"action contract of embodiment {name!r} was altered",
+                    where=path,
+                    got=f"hash {found.get(name)}",
+                    expected=recorded,
+                    fix="restore the file: the weights only fit the contract that they were trained with",
+                )
+        if set(found) != set(content.get("contract_digests") or {}):
+            raise CheckpointError("hashes of the action contracts are missing", where=path)
+        return spec
+
+
+def read_json(path: Path, *, fix: str | None = None) -> dict[str, Any]:
+    """Read a JSON object that belongs to a checkpoint, or raise CheckpointError."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError("cannot read", where=path, got=error.strerror, fix=fix) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError("damaged JSON", where=path, got=str(error)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError("damaged JSON", where=path, got=type(content).__name__, expected="an object")
+    return content

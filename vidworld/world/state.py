@@ -1,0 +1,199 @@
+"""The state of imagined worlds as an immutable value, and what a step lets you see of it.
+
+Shapes: B samples, V views, H W pixels, S proprio dims, k camera frames a step.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidworld.errors import CheckpointError, DataError
+from vidworld.model.cache import KeyValue, KVCache
+from vidworld.types import Frames
+from vidworld.world import noise
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WorldState:
+    """Everything that the future of B samples depends on, but for their actions and the weights.
+
+    Nothing is ever changed in place: an old state stays valid, and stepping it again with the same actions
+    repeats the same future.
+    """
+
+    cache: KVCache
+    """Keys and values of the context frames."""
+    newest: Frames
+    """Normalised latents [B, 1, V, C, h, w] and proprioception [B, 1, S] of the newest frame."""
+    frame: int
+    """Latent frames known so far: the index of the next one in the noise streams."""
+    seed: int
+    sample_ids_B: Tensor
+    """Int64; with the seed they name each sample's stream of noise."""
+    embodiment_B: Tensor
+    """Int64 index into the world's contracts."""
+    world: str
+    """`WorldSpec.digest` of the world that made it; another world refuses it."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids_B)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.sample_ids_B.device
+
+    def select(self, index: Tensor | slice | list[int]) -> "WorldState":
+        """Rows in a new order; each keeps its stream of noise, so a row given twice has one future twice."""
+        index_B = self._rows(index)
+        return dataclasses.replace(
+            self,
+            cache=self.cache.fork(index_B),
+            newest=self.newest[index_B],
+            sample_ids_B=self.sample_ids_B[index_B],
+            embodiment_B=self.embodiment_B[index_B],
+        )
+
+    def branch(self, index: Tensor | slice | list[int]) -> "WorldState":
+        """Rows in a new order, each with a future of its own.
+
+        The first copy of a row keeps its stream, and with it the future that the row would have had; further
+        copies get streams that depend on the row and the number of the copy alone.
+        """
+        rows = self._rows(index).tolist()
+        seen: dict[int, int] = {}
+        copies = []
+        for row in rows:
+            copies.append(seen.get(row, 0))
+            seen[row] = copies[-1] + 1
+        chosen = self.select(rows)
+        copy_B = torch.tensor(copies, dtype=torch.int64, device=self.device)
+        ids_B = noise.fork_ids(self.seed, chosen.sample_ids_B, self.frame, copy_B)
+        return dataclasses.replace(chosen, sample_ids_B=ids_B)
+
+    def fork(self, n: int) -> "WorldState":
+        """n futures of every sample, side by side: rows b * n to b * n + n - 1 of [B * n] come from b."""
+        return self.branch(torch.arange(len(self)).repeat_interleave(n))
+
+    def to(self, device: torch.device | str) -> "WorldState":
+        """Move to a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def detach(self) -> "WorldState":
+        """Cut the gradient here: truncated backpropagation through time."""
+        return self._map(Tensor.detach)
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file atomically, with the counters as JSON in its header."""
+        path = Path(path)
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "frame": self.frame,
+            "seed": self.seed,
+            "world": self.world,
+            "layers": len(self.cache.layers),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Copies, because safetensors refuses tensors that share memory.
+        tensors = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors().items()
+        }
+        save_file(tensors, temporary, metadata={"vidworld_state": json.dumps(header)})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu") -> "WorldState":
+        """Read what `save` wrote; raises CheckpointError when it is missing or damaged."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {}).get("vidworld_state", "null"))
+                if not isinstance(header, dict) or header.get("schema_version") != SCHEMA_VERSION:
+                    raise CheckpointError(
+                        "not a saved world state of this version",
+                        where=path,
+                        got=None if header is None else header.get("schema_version"),
+                        expected=SCHEMA_VERSION,
+                    )
+                tensor = file.get_tensor
+                layers = tuple(
+                    KeyValue(tensor(f"cache.{i}.key"), tensor(f"cache.{i}.value"))
+                    for i in range(header["layers"])
+                )
+                return cls(
+                    cache=KVCache(layers),
+                    newest=Frames(tensor("newest.latents"), tensor("newest.proprio")),
+                    frame=header["frame"],
+                    seed=header["seed"],
+                    sample_ids_B=tensor("sample_ids"),
+                    embodiment_B=tensor("embodiment"),
+                    world=header["world"],
+                )
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError("cannot read the world state", where=path, got=str(error)) from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        cached = {
+            f"cache.{i}.{name}": tensor
+            for i, layer in enumerate(self.cache.layers)
+            for name, tensor in (("key", layer.key), ("value", layer.value))
+        }
+        return cached | {
+            "newest.latents": self.newest.latents_BTVChw,
+            "newest.proprio": self.newest.proprio_BTS,
+            "sample_ids": self.sample_ids_B,
+            "embodiment": self.embodiment_B,
+        }
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "WorldState":
+        layers = (KeyValue(function(layer.key), function(layer.value)) for layer in self.cache.layers)
+        return dataclasses.replace(
+            self,
+            cache=KVCache(tuple(layers)),
+            newest=self.newest.map(function),
+            sample_ids_B=function(self.sample_ids_B),
+            embodiment_B=function(self.embodiment_B),
+        )
+
+    def _rows(self, index: Tensor | slice | list[int]) -> Tensor:
+        if isinstance(index, slice):
+            return torch.arange(len(self), device=self.device)[index]
+        index_B = torch.as_tensor(index, dtype=torch.int64, device=self.device).reshape(-1)
+        if len(index_B) and not (-len(self) <= int(index_B.min()) and int(index_B.max()) < len(self)):
+            raise DataError("row of the state", got=index_B.tolist(), expected=f"below {len(self)}")
+        return index_B % max(len(self), 1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a step shows: the newest frame of every sample."""
+
+    latents_BVChw: Tensor
+    """Normalised latents; `WorldModel.decode` turns them into pixels that carry gradients."""
+    proprio_BS: Tensor
+    """In the contract's units, padded with zeros to the widest embodiment; carries gradients."""
+    video_BVHWC: Tensor | None
+    """Uint8 RGB, or None when decoding was not asked for."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a rollout shows: the imagined frames, without the prompt's."""
+
+    latents_BTVChw: Tensor
+    proprio_BTS: Tensor
+    """In the contract's units; one row a latent frame."""
+    video_BTVHWC: Tensor | None
+    """Uint8 RGB, k camera frames a latent frame; None when decoding was not asked for."""
+    state: WorldState
+    """After the last frame; stepping on continues the same future."""
