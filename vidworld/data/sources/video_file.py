@@ -157,7 +157,7 @@ def _open(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         # `file:` keeps a colon in the path from naming a protocol; the fixed demuxer refuses playlists.
         with av.open(f"file:{path}", format=demuxer, options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
-                raise DataError("no video stream", where=path)
+                raise DataError("damaged video: no video stream", where=path)
             stream = container.streams.video[0]
             context = stream.codec_context
             if not 0 < context.width * context.height <= MAX_PIXELS:
