@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vidworld.config import from_yaml
+from vidworld.config import from_mapping, from_yaml
 from vidworld.contract import Dimension, Kind
 from vidworld.errors import ConfigError
 from vidworld.types import EmbodimentSpec
@@ -43,8 +43,9 @@ class ContractFile:
     embodiment: str | None = None
     control_frame: str | None = None
     note: str | None = None
-    action: dict[str, DimensionFacts] = field(default_factory=dict)
-    proprio: dict[str, DimensionFacts] = field(default_factory=dict)
+    action: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Name or pattern -> fields of `DimensionFacts`."""
+    proprio: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def applied_to(self, spec: EmbodimentSpec, where: object) -> EmbodimentSpec:
         """A specification with these facts in it. Raises ConfigError for a name that matches nothing."""
@@ -91,11 +92,12 @@ def read_contracts(paths: Sequence[Path], specs: Sequence[EmbodimentSpec]) -> di
 
 
 def _describe(
-    dimensions: tuple[Dimension, ...], facts: Mapping[str, DimensionFacts], where: str
+    dimensions: tuple[Dimension, ...], facts: Mapping[str, Mapping[str, str]], where: str
 ) -> tuple[Dimension, ...]:
     result = list(dimensions)
     names = [dimension.name for dimension in dimensions]
-    for pattern, said in facts.items():
+    for pattern, mapping in facts.items():
+        said = from_mapping(DimensionFacts, mapping, where=f"{pattern!r} of {where}")
         matches = [index for index, name in enumerate(names) if fnmatchcase(name, pattern)]
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=1)
