@@ -1,0 +1,126 @@
+"""A toy task, small enough to train in milliseconds, with every part that the loop uses."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vidworld.errors import DataError
+from vidworld.trainer.ema import EMA
+from vidworld.trainer.engine import EngineConfig, build_engine
+from vidworld.trainer.logging import RunLog
+from vidworld.trainer.loop import Feed, Loop, LoopConfig
+from vidworld.trainer.optim import OptimConfig
+from vidworld.trainer.tasks import Task
+from vidworld.types import Batch
+
+DIMS = 6
+
+
+class ToyTask(Task):
+    """Regress proprioception on actions through two matrices, with noise from the generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(DIMS, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, DIMS))
+
+    def forward(self, batch: Batch, generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+        noise = torch.randn(batch.actions_BTA.shape, generator=generator)
+        error = self.net(batch.actions_BTA + 0.1 * noise) - batch.proprio_BTS
+        loss = error.square().mean()
+        return {"loss": loss, "absolute": error.abs().mean().detach()}
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [self.net[2].weight]
+
+
+class MaskedTask(ToyTask):
+    """Frames whose first action is not above zero are masked; micro-batches weigh by what is left."""
+
+    def forward(self, batch: Batch, generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+        error = (self.net(batch.actions_BTA) - batch.proprio_BTS).square().mean(-1)
+        mask = (batch.actions_BTA[..., 0] > 0).float()
+        return {"loss": (error * mask).sum() / mask.sum().clamp(min=1)}
+
+    def weight(self, batch: Batch) -> torch.Tensor:
+        return (batch.actions_BTA[..., 0] > 0).sum()
+
+
+def make_batch(index: int, rows: int = 4, seed: int = 0) -> Batch:
+    """Clips that depend on their index only."""
+    generator = torch.Generator().manual_seed(1000 * seed + index)
+    actions = torch.randn(rows, 3, DIMS, generator=generator)
+    return Batch(
+        ids=tuple(f"clip{index}-{row}@0" for row in range(rows)),
+        actions_BTA=actions,
+        proprio_BTS=actions.roll(1, -1) * 0.5,
+        embodiment_B=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def toy_feed(seed: int = 0, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> Feed:
+    """Endless toy micro-batches laid out as the loader lays out its own."""
+
+    def batches(step: int) -> Iterator[Batch]:
+        while True:
+            for micro in range(accumulation):
+                yield make_batch((step * accumulation + micro) * world_size + rank, seed=seed)
+            step += 1
+
+    def require_same(stored: Mapping[str, Any], where: object) -> None:
+        if stored["seed"] != seed:
+            raise DataError("seed of the sample order", where=where, got=seed, expected=stored["seed"])
+
+    return Feed(batches, lambda step: {"seed": seed, "step": step}, require_same)
+
+
+@pytest.fixture
+def make_loop(tmp_path: Path) -> Callable[..., Loop]:
+    """Build a loop on the toy task in a run directory, resumed when it has a checkpoint."""
+
+    def build(
+        run: Path | None = None,
+        *,
+        task: Task | None = None,
+        optim: OptimConfig | None = None,
+        engine: EngineConfig | None = None,
+        feed: Feed | None = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Loop:
+        run = run or tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        task = task or ToyTask()
+        engine = engine or EngineConfig()
+        config = LoopConfig(**{"steps": 10, "log_every": 1, **settings})
+        optim = optim or OptimConfig(name="muon", lr=1e-2, warmup_steps=3)
+        ema = EMA(task, config.ema_decay)
+        built = build_engine(task, engine, optim, matrices=task.matrices())
+        loop = Loop(
+            task,
+            ema,
+            feed or toy_feed(seed, accumulation=engine.accumulation),
+            built,
+            optim,
+            config,
+            run=run,
+            seed=seed,
+            accumulation=engine.accumulation,
+            log=RunLog(run, progress_bar=False),
+        )
+        if (saved := loop.store.newest()) is not None:
+            loop.resume(saved)
+        return loop
+
+    return build
+
+
+@pytest.fixture
+def toy() -> SimpleNamespace:
+    """The toy task's classes and feed, for tests that import nothing from here."""
+    return SimpleNamespace(Task=ToyTask, Masked=MaskedTask, feed=toy_feed, batch=make_batch)

@@ -1,0 +1,53 @@
+"""The moving average of the weights, in float32, with its own counter."""
+
+import copy
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class EMA(Generic[M]):
+    """Exponential moving average of a module, kept as a whole module that can be run as it is.
+
+    After n updates, the next is shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)),
+    so that the first weights are forgotten early. The shadow is float32 whatever the weights are: in bfloat16
+    it would round every change away at d = 0.999. Make it before compiling or wrapping the module.
+    """
+
+    def __init__(self, module: M, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.module: M = copy.deepcopy(module).float().eval().requires_grad_(False)
+        self._shadow: list[Tensor] = list(self.module.parameters())
+        self._shadow_buffers = list(self.module.buffers())
+        self._source: M | None = None
+        self._weights: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the current weights of the module that this was made from; buffers are copied."""
+        if module is not self._source:  # walking a deep module tree at every step costs a millisecond
+            self._source = module
+            self._weights, self._buffers = list(module.parameters()), list(module.buffers())
+        weights = [weight.detach().float() for weight in self._weights]
+        torch._foreach_lerp_(self._shadow, weights, 1 - self.next_decay)
+        for shadow, buffer in zip(self._shadow_buffers, self._buffers, strict=True):
+            shadow.copy_(buffer)
+        self.updates += 1
+
+    @property
+    def next_decay(self) -> float:
+        """The d that the next update will use."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    def state(self) -> dict[str, Any]:
+        """The counter; the shadow's weights are saved as weights."""
+        return {"updates": self.updates}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.updates = int(state["updates"])

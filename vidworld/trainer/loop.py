@@ -1,0 +1,327 @@
+"""The training loop: one short loop for every task, alone, under DDP or under ZeRO.
+
+Training noise is a pure function of (seed, step, micro-batch, rank): each micro-step gets a fresh generator,
+so that a checkpoint holds no random state and a resumed run draws what the first would have drawn.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidworld.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
+from vidworld.trainer.checkpoint import CheckpointStore, Saved, Snapshot, load_weights
+from vidworld.trainer.control import Agreement, Clock, StopRequest, frozen_gc
+from vidworld.trainer.ema import EMA
+from vidworld.trainer.engine import Engine
+from vidworld.trainer.logging import Accumulator, RunLog
+from vidworld.trainer.optim import OptimConfig, rate_factor
+from vidworld.trainer.tasks import Task
+from vidworld.types import Batch
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, and how often to look and to save."""
+
+    steps: int | None = None
+    """Optimizer steps; with `minutes` too, whichever limit comes first ends the run."""
+    minutes: float | None = None
+    """Minutes in the loop, everything included; schedules follow the time."""
+    log_every: int = 20
+    save_every: int = 1000
+    keep: int = 2
+    """Whole checkpoints kept."""
+    ema_decay: float = 0.999
+    max_skips: int = 20
+    """Steps in a row with a gradient that is not finite, before the run gives up (exit code 4)."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "keep", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError("loop.ema_decay", got=self.ema_decay, expected="0 to below 1")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where micro-batches come from, and in which order."""
+
+    open: Callable[[int], Iterator[Batch]]
+    """Micro-batches of this rank from a step on, `accumulation` per step."""
+    order: Callable[[int], Mapping[str, Any]]
+    """The sample order, standing before a step, as a checkpoint stores it."""
+    require_same_order: Callable[[Mapping[str, Any], object], None]
+    """Refuses to go on from a stored order that is not this one: called with it and where it was found."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Something done every so many steps with the averaged weights: validation, samples, the alarm.
+
+    It runs on the first rank alone while the others wait, and gives values for the log.
+    """
+
+    every: int
+    call: Callable[[int, Task], Mapping[str, Any]]
+    """(step, the task with EMA weights) -> values."""
+
+
+class Loop:
+    """Trains `task` on the micro-batches of `feed` until the clock runs out."""
+
+    def __init__(
+        self,
+        task: Task,
+        ema: EMA[Task],
+        feed: Feed,
+        engine: Engine,
+        optim: OptimConfig,
+        config: LoopConfig,
+        *,
+        run: Path,
+        seed: int,
+        accumulation: int = 1,
+        log: RunLog,
+        looks: Sequence[Look] = (),
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.task, self.feed, self.engine, self.optim, self.config = task, feed, engine, optim, config
+        self.seed, self.accumulation, self.log, self.looks = seed, accumulation, log, looks
+        self.identity = dict(identity or {})
+        self.ema = ema
+        ema.module.to(engine.device)
+        self.clock = Clock(config.steps, config.minutes)
+        self.store = CheckpointStore(
+            run / "checkpoints",
+            keep=config.keep,
+            rank=engine.rank,
+            num_writers=engine.num_optimizer_shards,
+            barrier=engine.barrier,
+        )
+        self.metrics = Accumulator()
+        self.saved_step = -1
+        self._streak = self._longest_streak = torch.zeros((), device=engine.device)
+        self._recent: deque[tuple[str, ...]] = deque(maxlen=4)
+        self._wait_s, self._since = 0.0, time.perf_counter()
+        self._frames, self._steps_logged = 0, 0
+
+    def fit(self) -> None:
+        """Train to the end, and leave a checkpoint there.
+
+        Raises PreemptedError after a signal (a checkpoint was saved) and DivergedError.
+        """
+        agreement = Agreement(self.engine.world_size)
+        batches = self.feed.open(self.clock.step)
+        limit, done, unit = self._bar()
+        self.log.start(limit, done, unit)
+        self.clock.start()
+        self._since = time.perf_counter()
+        try:
+            with frozen_gc(), StopRequest() as stop:
+                while not self.clock.finished:
+                    self.step(self._fetch(batches))
+                    stopping, elapsed_s = agreement.exchange(stop.received is not None, self.clock.read())
+                    self.clock.advance(elapsed_s)
+                    self.look_and_save()
+                    if stopping and not self.clock.finished:
+                        self.save()
+                        raise PreemptedError(self._farewell(stop))
+            self.save()
+        finally:
+            agreement.close()
+            self.log.stop()
+
+    def step(self, micro_batches: Sequence[Batch]) -> None:
+        """One optimizer step on all micro-batches, skipped on every rank if its gradient is not finite."""
+        progress, number = self.clock.progress, self.clock.step
+        shares = self._shares(micro_batches)
+        losses: dict[str, Tensor] = {}
+        for micro, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
+            generator = noise_generator(
+                self.seed, number, micro * self.engine.world_size + self.engine.rank, self.engine.device
+            )
+            parts = self.engine.backward(
+                lambda module, b=batch, g=generator: module(b, g, progress),
+                share,
+                last=micro == len(micro_batches) - 1,
+            )
+            for name, value in parts.items():
+                part = value.detach() * share
+                losses[name] = losses[name] + part if name in losses else part
+        outcome = self.engine.update(rate_factor(self.optim, number, progress))
+        self.ema.update(self.task)
+        self._streak = (self._streak + 1) * outcome["skipped"]
+        self._longest_streak = torch.maximum(self._longest_streak, self._streak)
+        self.metrics.add({**losses, **outcome})
+
+    def look_and_save(self) -> None:
+        """Whatever is due after this step: the log line, a look at the averaged weights, a checkpoint."""
+        step = self.clock.step
+        if step % self.config.log_every == 0 or self.clock.finished:
+            self._log_line()
+        if any(self._due(look.every) for look in self.looks):
+            self._look()
+        if self._due(self.config.save_every):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it has one."""
+        if self.saved_step == self.clock.step:
+            return
+        tensors, groups = self.engine.optimizer_state()
+        state = {
+            "elapsed_s": self.clock.elapsed_s,
+            "ema": self.ema.state(),
+            "order": self.feed.order(self.clock.step),
+            "world_size": self.engine.world_size,
+            "identity": self.identity,
+        }
+        self.store.save(
+            Snapshot(
+                step=self.clock.step,
+                model=self.task.net.state_dict(),
+                ema=self.ema.module.net.state_dict(),
+                optimizer=tensors,
+                optimizer_groups=groups,
+                state=state,
+            )
+        )
+        self.saved_step = self.clock.step
+
+    def resume(self, saved: Saved) -> None:
+        """Take over weights, averages, moments and counters; refuses another order or architecture."""
+        where = saved.directory
+        identity = saved.state.get("identity", {})
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                raise CheckpointError(
+                    f"{name} of the run to resume", where=where, got=value, expected=identity.get(name)
+                )
+        self.feed.require_same_order(saved.state["order"], where)
+        shards, sharded = self.engine.num_optimizer_shards, saved.state["world_size"]
+        if shards > 1 and sharded != shards:
+            raise CheckpointError(
+                "number of ranks of a sharded optimizer", where=where, got=shards, expected=sharded
+            )
+        load_weights(self.task.net, saved.tensors("model"), where=where)
+        load_weights(self.ema.module.net, saved.tensors("ema"), where=where)
+        shard = self.engine.rank if shards > 1 else 0
+        self.engine.load_optimizer_state(saved.tensors(f"optimizer-{shard}"), where=where)
+        self.ema.load(saved.state["ema"])
+        self.clock = Clock(
+            self.config.steps, self.config.minutes, step=saved.step, elapsed_s=float(saved.state["elapsed_s"])
+        )
+        self.saved_step = saved.step
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of a step, on the device."""
+        begin = time.perf_counter()
+        fetched = list(itertools.islice(batches, self.accumulation))
+        self._wait_s += time.perf_counter() - begin
+        assert len(fetched) == self.accumulation, "the feed is endless"
+        self._recent.append(tuple(name for batch in fetched for name in batch.ids))
+        self._frames += sum(batch.proprio_BTS.shape[:2].numel() for batch in fetched)
+        return [batch.to(self.engine.device, non_blocking=True) for batch in fetched]
+
+    def _shares(self, micro_batches: Sequence[Batch]) -> list[float | Tensor]:
+        """What each micro-batch's mean counts for, so that together they are the mean of one large batch.
+
+        Gradients are averaged over ranks afterwards, hence the factor of their number.
+        """
+        weights = [self.task.weight(batch) for batch in micro_batches]
+        if all(weight is None for weight in weights):
+            return [1 / self.accumulation] * self.accumulation
+        device = self.engine.device
+        stacked = torch.stack([torch.as_tensor(weight, device=device).float() for weight in weights])
+        total = stacked.sum()
+        if self.engine.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return list((stacked * self.engine.world_size / total.clamp(min=1e-12)).unbind())
+
+    def _mean_over_ranks(self, row: Tensor) -> Tensor:
+        if self.engine.world_size > 1:
+            torch.distributed.all_reduce(row)
+        return row / self.engine.world_size
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.clock.step % every == 0 and not self.clock.finished
+
+    def _log_line(self) -> None:
+        """Fetch the metrics, write them, and give up when too many steps in a row were skipped."""
+        means, skips = self.metrics.fetch(self._mean_over_ranks), int(self._longest_streak)
+        self._longest_streak = self._streak
+        now = time.perf_counter()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        frames = self._frames * self.engine.world_size
+        steps = max(1, self.clock.step - self._steps_logged)
+        self._steps_logged = self.clock.step
+        row = {
+            "step": self.clock.step,
+            **means,
+            "lr": self.optim.lr * rate_factor(self.optim, self.clock.step - 1, self.clock.progress),
+            "step_s": seconds / steps,
+            "frames_per_s": frames / seconds,
+            "tokens_per_s": frames * self.task.tokens_per_frame / seconds,
+            "wait_share": min(1.0, self._wait_s / seconds),
+            "memory_gb": _memory_gb(self.engine.device),
+            "elapsed_s": self.clock.elapsed_s,
+        }
+        self._wait_s, self._frames = 0.0, 0
+        self.log.advance(self._bar()[1])
+        self.log.write(row, shown=("step", "loss", "grad_norm", "step_s"))
+        if skips >= self.config.max_skips:
+            ids = [list(batch) for batch in self._recent]
+            self.log.write({"step": self.clock.step, "event": "diverged", "batches": ids})
+            raise DivergedError(
+                f"{skips} steps in a row had a gradient that is not finite, up to step {self.clock.step}; "
+                f"the last batch was {', '.join(ids[-1][:4])}{', ...' if len(ids[-1]) > 4 else ''} "
+                "(all in metrics.jsonl). Weights were not touched: lower optim.lr, or look at these clips"
+            )
+
+    def _look(self) -> None:
+        if self.engine.rank == 0:
+            row: dict[str, Any] = {"step": self.clock.step}
+            for look in self.looks:
+                if self._due(look.every):
+                    row |= look.call(self.clock.step, self.ema.module)
+            self.log.write(row)
+        self.engine.barrier()
+        self._since = time.perf_counter()
+        self._frames, self._wait_s, self._steps_logged = 0, 0.0, self.clock.step
+
+    def _bar(self) -> tuple[float, float, str]:
+        """Total, done and unit of the progress bar: the limit that is nearer."""
+        clock = self.clock
+        if clock.seconds is not None and (clock.steps is None or clock.step / clock.steps < clock.progress):
+            return round(clock.seconds), clock.elapsed_s, "s"
+        return clock.steps or 0, clock.step, "step"
+
+    def _farewell(self, stop: StopRequest) -> str:
+        cause = stop.received.name if stop.received is not None else "another rank"
+        run = self.store.directory.parent
+        return f"{cause} at step {self.clock.step}, checkpoint saved; go on: vidworld train {run} --resume"
+
+
+def noise_generator(seed: int, step: int, part: int, device: torch.device | str) -> torch.Generator:
+    """The random stream of one micro-step; `part` counts micro-batches of a step over all ranks."""
+    digest = hashlib.blake2b(json.dumps([seed, step, part]).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _memory_gb(device: torch.device) -> float:
+    """Peak memory: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
