@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vidworld.errors import ConfigError
+
 
 class KeyValue(NamedTuple):
     """Keys and values of one time-attention layer, [B, N, h, F, d] each; keys normalised, not yet rotated."""
@@ -65,7 +67,7 @@ class KVCache:
         What a kept frame stored is left as it is, so it may still remember frames that were dropped.
         """
         if not 0 <= sink < window:
-            raise ValueError(f"sink must lie in [0, window): got sink {sink}, window {window}")
+            raise ConfigError("sink of the KV cache", got=sink, expected=f"0 to window - 1 = {window - 1}")
         if self.num_frames <= window:
             return self
         newest = self.num_frames - (window - sink)

@@ -1,15 +1,26 @@
-"""Compile the transformer's blocks, one graph each."""
+"""Compile the transformer's blocks, and know how many graphs that makes."""
 
 from typing import Any
 
+import torch
+
 from vidworld.model.dit import CausalDiT
+
+# A process meets a few clip lengths, with and without gradients, on all rows and on subsets, for two kinds of
+# block. torch gives up at 8 versions of one function, which with fullgraph is an error.
+MAX_GRAPHS = 64
 
 
 def compile_blocks(model: CausalDiT, **options: Any) -> CausalDiT:
     """Compile every block in place, whole and for fixed shapes; names in the state dict stay as they are.
 
-    `options` go to torch.compile.
+    Blocks of a kind share their graphs, so a shape costs two compilations whatever the depth. Keep the shapes
+    few: a rollout whose cache still grows has one a frame, so run it under
+    `torch.compiler.set_stance("force_eager")`. `options` go to torch.compile. Raises torch's process-wide
+    limit on graphs of one function.
     """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, **options)
     return model

@@ -20,7 +20,8 @@ class EmbodimentLinear(nn.Module):
     """A linear map of its own for each embodiment: weight_EIO gathered by the row's embodiment.
 
     `used_in` and `used_out` count the dimensions an embodiment has; what lies beyond is padding: inputs there
-    are ignored, whatever they hold, and outputs there are exactly zero.
+    are ignored, whatever they hold, and outputs there are exactly zero. Computed and returned in at least
+    float32, autocast or not: half precision would round joint angles, and the maps are small.
     """
 
     valid_in_EI: Tensor
@@ -45,10 +46,11 @@ class EmbodimentLinear(nn.Module):
 
     def forward(self, x_BYI: Tensor, embodiment_B: Tensor) -> Tensor:
         """[B, Y, I] to [B, Y, O], any Y."""
-        x_BYI = x_BYI.where(self.valid_in_EI[embodiment_B][:, None], 0)
-        weight_BIO = self.weight_EIO[embodiment_B]
-        x_BYO = torch.einsum("byi,bio->byo", x_BYI.to(weight_BIO.dtype), weight_BIO)
-        x_BYO = x_BYO + self.bias_EO[embodiment_B][:, None]
+        wide = torch.promote_types(self.weight_EIO.dtype, torch.float32)
+        x_BYI = x_BYI.where(self.valid_in_EI[embodiment_B][:, None], 0).to(wide)
+        weight_BIO, bias_BO = self.weight_EIO[embodiment_B].to(wide), self.bias_EO[embodiment_B].to(wide)
+        with torch.autocast(x_BYI.device.type, enabled=False):
+            x_BYO = torch.baddbmm(bias_BO[:, None], x_BYI, weight_BIO)
         return x_BYO.where(self.valid_out_EO[embodiment_B][:, None], 0)
 
 
@@ -67,9 +69,10 @@ class ActionEmbedding(nn.Module):
     def forward(self, conditioning: Conditioning) -> Tensor:
         """Action tokens [B, T, k, D]."""
         actions_BYA = conditioning.actions_BTkA.flatten(1, 2)
-        tokens_BTkD = self.linear(actions_BYA, conditioning.embodiment_B).unflatten(1, (-1, self.num_slots))
+        tokens_BYD = self.linear(actions_BYA, conditioning.embodiment_B).to(self.no_action_D.dtype)
+        tokens_BTkD = tokens_BYD.unflatten(1, (-1, self.num_slots))
         keep_BT11 = conditioning.keep_BT[..., None, None]
-        return torch.where(keep_BT11, tokens_BTkD, self.no_action_D.to(tokens_BTkD.dtype)) + self.slot_kD
+        return torch.where(keep_BT11, tokens_BTkD, self.no_action_D) + self.slot_kD
 
 
 class TokenEmbedding(nn.Module):
@@ -92,7 +95,7 @@ class TokenEmbedding(nn.Module):
         batch, time = actions_BTkD.shape[:2]
         patches_BTVnP = patchify(frames.latents_BTVChw, self.patch_size)
         patches_BTVnD = self.patch(patches_BTVnP.to(self.patch.weight.dtype)) + self.view_VD[:, None]
-        proprio_BTD = self.proprio(frames.proprio_BTS, embodiment_B)
+        proprio_BTD = self.proprio(frames.proprio_BTS, embodiment_B).to(self.register_RD.dtype)
         registers_BTRD = self.register_RD.expand(batch, time, -1, -1)
         return torch.cat(
             [patches_BTVnD.flatten(2, 3), proprio_BTD[:, :, None], actions_BTkD, registers_BTRD], dim=2
