@@ -110,6 +110,17 @@ def test_no_gradient_through_bootstrap_targets(draw_frames, generator):
     assert teacher.grad is None
 
 
+def test_weights_learn_under_autocast_though_the_target_used_them_without_gradient(generator):
+    clean = two_modes(8, generator)
+    noise, config, model = noise_like(clean, generator=generator), ObjectiveConfig(), Denoiser()
+    draws = draw_levels(clean, config, num_bootstrap=8, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = shortcut_loss(model, model, clean, noise, draws, config)
+    assert losses["loss"].dtype == torch.float32
+    losses["loss"].backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
+
+
 def test_all_frames_masked_gives_exactly_zero(draw_frames, generator):
     clean, noise, config = draw_frames(), draw_frames(), ObjectiveConfig()
     draws = draw_levels(clean, config, num_bootstrap=1, generator=generator)

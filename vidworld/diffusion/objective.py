@@ -120,19 +120,23 @@ def noise_like(frames: Frames, *, generator: torch.Generator) -> Frames:
     return frames.map(normal)
 
 
-@torch.no_grad()
 def bootstrap_target(predict: Predict, z: Frames, level: SignalLevel, step_BT: Tensor) -> Frames:
     """Where one step of size d should point, from two steps of d/2, without gradient.
 
     With b' and b'' the velocities of the two half steps, the target in x-space is
     z + (1 - tau) (b' + b'') / 2 (Dreamer 4, written for x-prediction).
     """
-    half_BT = step_BT / 2
-    first = velocity(predict(z, level, half_BT), z, level)
-    middle = advance(z, first, half_BT)
-    middle_level = SignalLevel.from_signal(level.signal + half_BT)
-    second = velocity(predict(middle, middle_level, half_BT), middle, middle_level)
-    return clean_from(z, first.map(lambda a, b: (a + b) / 2, second), level)
+    with torch.no_grad():
+        half_BT = step_BT / 2
+        first = velocity(predict(z, level, half_BT), z, level)
+        middle = advance(z, first, half_BT)
+        middle_level = SignalLevel.from_signal(level.signal + half_BT)
+        second = velocity(predict(middle, middle_level, half_BT), middle, middle_level)
+        target = clean_from(z, first.map(lambda a, b: (a + b) / 2, second), level)
+    if torch.is_autocast_enabled(step_BT.device.type):
+        # torch 2.10 keeps the weights that were cast without gradient, and the loss would train none of them.
+        torch.clear_autocast_cache()
+    return target
 
 
 def shortcut_loss(

@@ -208,7 +208,8 @@ figure { margin: 20px 0; }
 figcaption { color: var(--soft); font-size: 14px; line-height: 1.5; margin-top: 6px; max-width: 80ch; }
 img, video { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 img { background: #ffffff; }
-.plot svg { display: block; max-width: 100%; height: auto; }
+.plot { overflow-x: auto; }
+.plot svg { display: block; min-width: 600px; max-width: 100%; height: auto; }
 .plot svg text { font-family: inherit !important; }
 .gallery { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
 .gallery figure { margin: 8px 0; max-width: 100%; }
