@@ -93,7 +93,8 @@ def action_faithfulness(
 
     everyone_B = torch.ones_like(has_partner_B)
     result: dict[str, float] = {}
-    for prefix, role in (("", "latents_BTVChw"), ("proprio_", "proprio_BTS")):
+    roles = (("", "latents_BTVChw"), ("proprio_", "proprio_BTS"))
+    for prefix, role in roles if shape.proprio_dims else roles[:1]:
         true_B = getattr(errors["true"], role)
         result[f"{prefix}true"] = float(true_B.mean())
         for name in WRONG:

@@ -26,7 +26,7 @@ class Given:
     proprio_PTS: Tensor
     has_proprio_P: Tensor
     actions_PTA: Tensor
-    """Row t leads into camera frame t; zeros lead into the first."""
+    """Row t leads from camera frame t to t + 1; the last row is unknown and zero."""
     has_actions_P: Tensor
     embodiment_P: Tensor
 
@@ -49,7 +49,7 @@ def gather_prompts(prompts: Sequence[Prompt], spec: WorldSpec, *, allow_out_of_r
         if prompt.proprio is not None:
             proprio_PTS[row, :, : len(contract.proprio)] = torch.as_tensor(prompt.proprio)
         if prompt.actions is not None:
-            actions_PTA[row, 1:, : len(contract.action)] = torch.as_tensor(prompt.actions)
+            actions_PTA[row, :-1, : len(contract.action)] = torch.as_tensor(prompt.actions)
     return Given(
         video_PTVHWC=torch.stack(videos),
         proprio_PTS=proprio_PTS,

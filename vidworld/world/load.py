@@ -1,0 +1,76 @@
+"""Open a trained world: the folder of a run or of an export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vidworld.errors import CheckpointError
+from vidworld.tokenizers.store import load_tokenizer
+from vidworld.world.build import build, load_weights
+from vidworld.world.spec import FILE_NAME, WorldSpec
+from vidworld.world.world import WorldModel
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the parts of a trained world lie."""
+
+    directory: Path
+    weights: Path
+    checkpoint: str
+    """Name of the run's checkpoint; `export` for an export."""
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's folder."""
+        return self.directory / "tokenizer"
+
+
+def load(path: Path | str, device: torch.device | str | None = None, *, autocast: bool = True) -> WorldModel:
+    """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
+
+    `device` defaults to the GPU if there is one. Weights are held in float32 whatever the file's precision;
+    see `WorldModel` for what `autocast` does. Parameters do not require grad; actions may.
+    Raises CheckpointError saying what is missing, damaged or of another architecture.
+    """
+    files = find(path)
+    spec = WorldSpec.read(files.directory)
+    world = build(spec, load_tokenizer(files.tokenizer), autocast=autocast)
+    load_weights(world.model, files.weights)
+    world.requires_grad_(False).eval()
+    return world.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def find(path: Path | str) -> Files:
+    """Find the newest weights of a run, or those of an export; raises CheckpointError."""
+    directory = Path(path)
+    if not (directory / FILE_NAME).is_file():
+        raise CheckpointError(
+            f"no {FILE_NAME}",
+            where=directory,
+            got="a folder" if directory.is_dir() else "no such folder",
+            expected="a run of a world model, or an export",
+            fix="give the directory that `vidworld train` or `vidworld export` wrote",
+        )
+    exported = directory / "model.safetensors"
+    if exported.is_file():
+        return Files(directory, exported, "export")
+    checkpoints = directory / "checkpoints"
+    try:
+        name = (checkpoints / "latest").read_text().strip()
+    except OSError:
+        raise CheckpointError(
+            "no finished checkpoint", where=directory, fix="train on until the first one is saved"
+        ) from None
+    if not name or name != Path(name).name:
+        raise CheckpointError("name of the latest checkpoint", where=checkpoints / "latest", got=repr(name))
+    for candidate in ("ema.safetensors", "model.safetensors"):
+        weights = checkpoints / name / candidate
+        if weights.is_file():
+            return Files(directory, weights, name)
+    raise CheckpointError(
+        f"checkpoint {name!r} has no weights",
+        where=checkpoints,
+        fix="resume the training, or name another checkpoint in `checkpoints/latest`",
+    )

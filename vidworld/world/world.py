@@ -1,0 +1,364 @@
+"""The simulator: step imagined robots, as many as fit, from a prompt and actions in raw units.
+
+Shapes: B samples, T frames, V views, C channels, H W pixels, h w latent, A action dims, S proprio dims,
+k camera frames (and actions) a latent frame.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vidworld.errors import CheckpointError, ConfigError, ContractError, DivergedError
+from vidworld.model.cache import KVCache
+from vidworld.model.dit import CausalDiT
+from vidworld.model.inputs import Conditioning
+from vidworld.model.normalizer import Normalizer
+from vidworld.tokenizers.base import (
+    Tokenizer,
+    chunk_actions,
+    fold_views,
+    to_pixels,
+    to_unit_range,
+    unfold_views,
+)
+from vidworld.types import Frames
+from vidworld.world import noise
+from vidworld.world.dynamics import imagine, take_in
+from vidworld.world.intake import Numbers, gather_actions, gather_pictures, gather_prompts, gather_proprio
+from vidworld.world.noise import NoiseStream
+from vidworld.world.prompt import Prompt
+from vidworld.world.spec import SamplerConfig, WorldSpec
+from vidworld.world.state import Observation, Rollout, WorldState
+
+PICTURES_AT_ONCE = 256
+"""Pictures of a rollout that are decoded in one go."""
+
+FRAMES_BETWEEN_CHECKS = 16
+"""Frames of a rollout between two looks at whether all is finite; each look waits for the device."""
+
+
+class RolloutDivergedError(DivergedError):
+    """A rollout produced values that are not finite."""
+
+
+class WorldModel(nn.Module):
+    """A robot's world as it was learnt from its logs.
+
+    Gradients are the caller's choice: nothing here switches them off, and actions that require grad carry it
+    through every later frame. Wrap calls in `torch.no_grad()` when simulating only.
+
+    Latents and noise are float32. On CUDA the network and the tokenizer run under bfloat16 autocast unless
+    `autocast` is False; on a CPU all is float32. `world.double()` computes in float64.
+    """
+
+    def __init__(
+        self,
+        spec: WorldSpec,
+        model: CausalDiT,
+        normalizer: Normalizer,
+        tokenizer: Tokenizer,
+        *,
+        autocast: bool = True,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = model
+        self.normalizer = normalizer
+        self.tokenizer = tokenizer
+        self.autocast = autocast
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of latents and noise: that of the weights, float32 at least."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    def reset(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        num_samples: int = 1,
+        seed: int = 0,
+        *,
+        sample_ids: Sequence[int] | None = None,
+        sampler: SamplerConfig | None = None,
+        allow_out_of_range: bool = False,
+    ) -> WorldState:
+        """Begin `num_samples` futures of a prompt; of several prompts of equal length, prompt after prompt.
+
+        `sample_ids` [prompts * num_samples] name the streams of noise; by default 0, 1, 2, ... A prompt
+        longer than the window keeps its newest frames (and the sink).
+        Raises DataError or ContractError naming what does not fit this world.
+        """
+        prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
+        given = gather_prompts(prompts, self.spec, allow_out_of_range=allow_out_of_range)
+        ids_B = self._sample_ids(len(prompts), num_samples, seed, sample_ids)
+        embodiment_P = given.embodiment_P.to(self.device)
+        latents_PTVChw = self.encode(given.video_PTVHWC.to(self.device))
+
+        k = self.spec.frames_per_step
+        proprio_PTS = given.proprio_PTS[:, ::k].to(self.device, self.dtype)
+        actions_PTA = self.normalizer.actions(given.actions_PTA.to(self.device, self.dtype), embodiment_P)
+        actions_PTkA, keep_PT = chunk_actions(actions_PTA, k)
+        has_actions_P1 = given.has_actions_P[:, None].to(self.device)
+        conditioning = Conditioning(actions_PTkA, keep_PT & has_actions_P1, embodiment_P)
+        known = Frames(latents_PTVChw, self.normalizer.proprio(proprio_PTS, embodiment_P))
+        copies_B = torch.arange(len(prompts), device=self.device).repeat_interleave(num_samples)
+        has_proprio_P = given.has_proprio_P.to(self.device)
+        return self._ground(
+            None,
+            known[copies_B],
+            None if bool(given.has_proprio_P.all()) else has_proprio_P[copies_B],
+            conditioning[copies_B],
+            NoiseStream(seed, ids_B, self.dtype),
+            0,
+            sampler or self.spec.sampler,
+        )
+
+    def step(
+        self,
+        state: WorldState,
+        action: Numbers,
+        *,
+        sampler: SamplerConfig | None = None,
+        decode: bool = True,
+        check: bool = True,
+        allow_out_of_range: bool = False,
+    ) -> tuple[WorldState, Observation]:
+        """Imagine the next frame under an action [B, A] or [A] in raw units ([B, k, A] or [k, A] if k > 1).
+
+        K denoising passes against the cache, then one pass that commits the frame to it. `check` looks at the
+        action's values (unless it requires grad) and at the result, and so waits for the device.
+        Raises ContractError naming the dimension, RolloutDivergedError naming the frame.
+        """
+        self._require_own(state)
+        if self.spec.frames_per_step == 1:
+            action = action if isinstance(action, Tensor) else np.asarray(action)
+            action = action[..., None, :] if action.ndim else action
+        actions_B1kA = self._actions(state, action, check, allow_out_of_range)
+        if actions_B1kA.shape[1] != 1:
+            raise ContractError(
+                "actions of a step", got=actions_B1kA.shape[1:3].numel(), expected=self.spec.frames_per_step
+            )
+        state = self._imagine(state, actions_B1kA[:, 0], sampler or self.spec.sampler)
+        if check:
+            _require_finite([_all_finite(state)], state.frame - 1)
+        return state, self.observation(state, decode=decode)
+
+    def rollout(
+        self,
+        state: WorldState,
+        actions: Numbers,
+        *,
+        sampler: SamplerConfig | None = None,
+        decode: bool = True,
+        check: bool = True,
+        allow_out_of_range: bool = False,
+        progress: Callable[[], object] | None = None,
+    ) -> Rollout:
+        """Imagine T frames under actions [B, T * k, A] or [T * k, A] in raw units.
+
+        The same as `step` T times, with one decode at the end. `progress` is called after every frame. Raises
+        as `step` does; all actions are checked before the first frame.
+        """
+        self._require_own(state)
+        actions_BTkA = self._actions(state, actions, check, allow_out_of_range)
+        before, newest, finite = state, [], []
+        for actions_BkA in actions_BTkA.unbind(1):
+            state = self._imagine(state, actions_BkA, sampler or self.spec.sampler)
+            newest.append(state.newest)
+            finite.append(_all_finite(state))
+            if check and len(finite) == FRAMES_BETWEEN_CHECKS:
+                _require_finite(finite, state.frame - len(finite))
+                finite = []
+            if progress is not None:
+                progress()
+        if check:
+            _require_finite(finite, state.frame - len(finite))
+        frames = Frames.cat(newest, 1) if newest else before.newest[:, :0]
+        return Rollout(
+            latents_BTVChw=frames.latents_BTVChw,
+            proprio_BTS=self.normalizer.denormalize_proprio(frames.proprio_BTS, state.embodiment_B),
+            video_BTVHWC=self._video(before, frames.latents_BTVChw) if decode else None,
+            state=state,
+        )
+
+    def observe(
+        self,
+        state: WorldState,
+        frame: Tensor | np.ndarray,
+        *,
+        proprio: Numbers | None = None,
+        action: Numbers | None = None,
+        sampler: SamplerConfig | None = None,
+        allow_out_of_range: bool = False,
+    ) -> WorldState:
+        """Take a real frame as the next one: ground the state again, mid-way.
+
+        frame: uint8 [B, V, H, W, 3], or [V, H, W, 3] for all samples alike. proprio, [B, S] or [S], and the
+        action that led here, [B, A] or [A], are in raw units; either may be left out, as in a `Prompt`.
+        """
+        self._require_own(state)
+        if self.spec.frames_per_step != 1:
+            raise ConfigError("observe", expected="a tokenizer without time compression", fix="use reset")
+        pictures = torch.tensor(gather_pictures(frame, len(state), self.spec), device=self.device)
+        dims, size = self.spec.shape, (len(state), 1)
+        actions_B1A = torch.zeros(*size, dims.action_dims, dtype=self.dtype, device=self.device)
+        if action is not None:
+            action = action if isinstance(action, Tensor) else np.asarray(action)
+            actions_B1A = self._actions(state, action[..., None, :], True, allow_out_of_range)[:, 0]
+        proprio_B1S = torch.zeros(*size, dims.proprio_dims, dtype=self.dtype, device=self.device)
+        if proprio is not None:
+            proprio = proprio if isinstance(proprio, Tensor) else np.asarray(proprio)
+            proprio_B1S = gather_proprio(proprio[..., None, :], state.embodiment_B, self.spec, self.dtype)
+            proprio_B1S = self.normalizer.proprio(proprio_B1S, state.embodiment_B)
+        keep_B1 = torch.full(size, action is not None, device=self.device)
+        return self._ground(
+            state.cache,
+            Frames(self.encode(pictures[:, None]), proprio_B1S),
+            None if proprio is not None else torch.zeros(len(state), dtype=torch.bool, device=self.device),
+            Conditioning(actions_B1A[:, None], keep_B1, state.embodiment_B),
+            NoiseStream(state.seed, state.sample_ids_B, self.dtype),
+            state.frame,
+            sampler or self.spec.sampler,
+        )
+
+    def fork(self, state: WorldState, index: Tensor | slice | list[int]) -> WorldState:
+        """Rows of a state, each with a future of its own: `WorldState.branch`."""
+        self._require_own(state)
+        return state.branch(index)
+
+    def observation(self, state: WorldState, *, decode: bool = True) -> Observation:
+        """The newest frame of a state."""
+        proprio_B1S = self.normalizer.denormalize_proprio(state.newest.proprio_BTS, state.embodiment_B)
+        latents_B1VChw = state.newest.latents_BTVChw
+        return Observation(
+            latents_BVChw=latents_B1VChw[:, 0],
+            proprio_BS=proprio_B1S[:, 0],
+            video_BVHWC=to_video(self.decode(latents_B1VChw))[:, -1] if decode else None,
+        )
+
+    def encode(self, video_BTVHWC: Tensor) -> Tensor:
+        """Uint8 pictures to normalised latents [B, T, V, C, h, w]."""
+        video_BTVCHW = to_unit_range(video_BTVHWC).to(self.dtype).movedim(-1, -3)
+        with self._autocast():
+            latents_NTChw = self.tokenizer.encode(fold_views(video_BTVCHW))
+        return unfold_views(latents_NTChw.to(self.dtype), video_BTVCHW.shape[2])
+
+    def decode(self, latents_BTVChw: Tensor) -> Tensor:
+        """Normalised latents to pixels [B, T, V, C, H, W], about -1 to 1, not clamped; carries gradients."""
+        with self._autocast():
+            video_NTCHW = self.tokenizer.decode(fold_views(latents_BTVChw))
+        return unfold_views(video_NTCHW.to(self.dtype), latents_BTVChw.shape[2])
+
+    def _video(self, before: WorldState, latents_BTVChw: Tensor) -> Tensor:
+        """Uint8 video of new frames, few at a time; if time is compressed the frame before them is needed."""
+        batch, frames, views = latents_BTVChw.shape[:3]
+        if not frames:
+            size = (batch, 0, views, self.spec.height, self.spec.width, 3)
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self.spec.frames_per_step > 1:
+            return to_video(self.decode(torch.cat([before.newest.latents_BTVChw, latents_BTVChw], 1))[:, 1:])
+        pieces = latents_BTVChw.detach().split(max(1, PICTURES_AT_ONCE // (batch * views)), 1)
+        return torch.cat([to_video(self.decode(piece)) for piece in pieces], 1)
+
+    def _actions(self, state: WorldState, actions: Numbers, check: bool, allow_out_of_range: bool) -> Tensor:
+        """Normalised actions [B, T, k, A] from raw ones [B, T * k, A] or [T * k, A]."""
+        raw_BTA = gather_actions(
+            actions,
+            state.embodiment_B,
+            self.spec,
+            self.dtype,
+            check=check,
+            allow_out_of_range=allow_out_of_range,
+        )
+        k = self.spec.frames_per_step
+        if raw_BTA.shape[1] % k:
+            raise ContractError("number of actions", got=raw_BTA.shape[1], expected=f"a multiple of {k}")
+        return self.normalizer.actions(raw_BTA, state.embodiment_B).unflatten(1, (-1, k))
+
+    def _imagine(self, state: WorldState, actions_BkA: Tensor, sampler: SamplerConfig) -> WorldState:
+        keep_B1 = torch.ones(len(state), 1, dtype=torch.bool, device=self.device)
+        conditioning = Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B)
+        stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
+        with self._autocast():
+            newest, cache = imagine(self.model, state.cache, conditioning, state.frame, stream, sampler)
+        return dataclasses.replace(state, cache=cache, newest=newest, frame=state.frame + 1)
+
+    def _ground(
+        self,
+        cache: KVCache | None,
+        known: Frames,
+        has_proprio_B: Tensor | None,
+        conditioning: Conditioning,
+        stream: NoiseStream,
+        first_frame: int,
+        sampler: SamplerConfig,
+    ) -> WorldState:
+        with self._autocast():
+            newest, cache = take_in(
+                self.model, cache, known, has_proprio_B, conditioning, first_frame, stream, sampler
+            )
+        return WorldState(
+            cache=cache,
+            newest=newest,
+            frame=first_frame + known.num_frames,
+            seed=stream.seed,
+            sample_ids_B=stream.sample_ids_B,
+            embodiment_B=conditioning.embodiment_B,
+            world=self.spec.digest,
+        )
+
+    def _sample_ids(self, prompts: int, num_samples: int, seed: int, ids: Sequence[int] | None) -> Tensor:
+        if num_samples < 1:
+            raise ConfigError("samples", got=num_samples, expected="at least 1")
+        if not 0 <= seed < noise.MAX_SEED:
+            raise ConfigError("seed", got=seed, expected=f"0 to {noise.MAX_SEED - 1}")
+        count = prompts * num_samples
+        ids = range(count) if ids is None else ids
+        if len(ids) != count or not all(0 <= one < noise.MAX_SAMPLE_ID for one in ids):
+            raise ConfigError("sample_ids", got=list(ids), expected=f"{count} numbers from 0 to 2**55 - 1")
+        return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+
+    def _require_own(self, state: WorldState) -> None:
+        if state.world != self.spec.digest:
+            raise CheckpointError(
+                "state of another world", got=f"hash {state.world}", expected=self.spec.digest
+            )
+        if state.device != self.device:
+            raise ConfigError(
+                "device of the state",
+                got=state.device,
+                expected=self.device,
+                fix="use state.to(world.device)",
+            )
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.autocast and self.device.type == "cuda" and self.dtype == torch.float32
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def to_video(pixels_CHW: Tensor) -> Tensor:
+    """Decoded pixels [..., C, H, W] to uint8 [..., H, W, C]; carries no gradient."""
+    return to_pixels(pixels_CHW.detach()).movedim(-3, -1).contiguous()
+
+
+def _all_finite(state: WorldState) -> Tensor:
+    latents, proprio = state.newest.latents_BTVChw, state.newest.proprio_BTS
+    return latents.isfinite().all() & proprio.isfinite().all()
+
+
+def _require_finite(finite: list[Tensor], first_frame: int) -> None:
+    """Look at the flags of consecutive frames and stop at the first that is not finite."""
+    flags = torch.stack(finite).tolist() if finite else []
+    if False in flags:
+        raise RolloutDivergedError(
+            f"the rollout is not finite from frame {first_frame + flags.index(False)} on (counted from the "
+            "prompt's first frame); nothing after it can be trusted"
+        )
