@@ -1,5 +1,6 @@
 """Open a trained world: the folder of a run or of an export."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from vidworld.errors import CheckpointError
 from vidworld.tokenizers.store import load_tokenizer
 from vidworld.world.build import build, load_weights
-from vidworld.world.spec import FILE_NAME, WorldSpec
+from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
 from vidworld.world.world import WorldModel
 
 
@@ -36,6 +37,7 @@ def load(path: Path | str, device: torch.device | str | None = None, *, autocast
     """
     files = find(path)
     spec = WorldSpec.read(files.directory)
+    verify(files.weights)
     world = build(spec, load_tokenizer(files.tokenizer), autocast=autocast)
     load_weights(world.model, files.weights)
     world.requires_grad_(False).eval()
@@ -74,3 +76,21 @@ def find(path: Path | str) -> Files:
         where=checkpoints,
         fix="resume the training, or name another checkpoint in `checkpoints/latest`",
     )
+
+
+def verify(weights: Path) -> str:
+    """sha256 of a weights file; CheckpointError when the manifest beside it, if any, says otherwise."""
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = weights.with_name("manifest.json")
+    if manifest.is_file():
+        recorded = read_json(manifest).get("files", {}).get(weights.name, {}).get("sha256")
+        if recorded != found:
+            raise CheckpointError(
+                "the weights are damaged",
+                where=weights,
+                got=f"sha256 {found[:12]}",
+                expected=str(recorded)[:12],
+                fix="copy them again, or name an older checkpoint in `checkpoints/latest`",
+            )
+    return found

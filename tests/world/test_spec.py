@@ -1,0 +1,82 @@
+"""world.json comes back as it was, and a damaged or altered one is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vidworld.errors import CheckpointError, ConfigError, ContractError
+from vidworld.world.spec import SamplerConfig, WorldSpec
+
+
+def test_a_spec_survives_its_file(world, tmp_path):
+    path = world.spec.write(tmp_path)
+    assert path.name == "world.json"
+    again = WorldSpec.read(tmp_path)
+    assert again == world.spec
+    assert again.digest == world.spec.digest
+    assert [found.name for found in tmp_path.iterdir()] == ["world.json"]
+
+
+def test_the_digest_tells_worlds_apart_and_ignores_the_sampler(world):
+    spec = world.spec
+    assert dataclasses.replace(spec, sampler=SamplerConfig(steps=1)).digest == spec.digest
+    assert dataclasses.replace(spec, fps=20.0).digest != spec.digest
+
+
+def edited(change):
+    def apply(content):
+        change(content)
+        return json.dumps(content)
+
+    return apply
+
+
+def rename(content):
+    content["spec"]["contracts"][0]["action"][0]["name"] = "other"
+
+
+def rescale(content):
+    content["spec"]["contracts"][0]["action_statistics"]["q99"][0] = 99.0
+
+
+DAMAGE = {
+    "cut short": (lambda content: json.dumps(content)[:100], "damaged JSON"),
+    "not an object": (lambda content: "[]", "damaged JSON"),
+    "other version": (edited(lambda c: c.update(schema_version=9)), "schema version.*got 9"),
+    "unknown setting": (edited(lambda c: c["spec"]["model"].update(widht=3)), "did you mean 'model.width'"),
+    "wrong type": (edited(lambda c: c["spec"].update(fps="ten")), "'fps'"),
+    "lost part": (edited(lambda c: c["spec"].pop("shape")), "'shape'"),
+    "renamed dimension": (edited(rename), "'arm' was altered"),
+    "rescaled dimension": (edited(rescale), "'arm' was altered"),
+    "no hashes": (edited(lambda c: c.update(contract_digests={})), "hashes of the action contracts"),
+    "views": (edited(lambda c: c["spec"].update(views=["a", "b"])), "views of the world"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_refused(world, tmp_path, damage, message):
+    path = world.spec.write(tmp_path)
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(CheckpointError, match=message):
+        WorldSpec.read(tmp_path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"world\.json"):
+        WorldSpec.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"context_noise": 1.0}, {"window": 1}, {"window": 4, "sink": 3}, {"guidance": -1.0}],
+)
+def test_samplers_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"sampler\."):
+        SamplerConfig(**wrong)
+
+
+def test_embodiments_are_found_by_name(world):
+    assert world.spec.embodiment_index(None) == world.spec.embodiment_index("arm") == 0
+    with pytest.raises(ContractError, match="got 'leg', expected one of 'arm'"):
+        world.spec.embodiment_index("leg")
