@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
 from vidworld.model import attention
@@ -32,15 +33,14 @@ def test_a_shape_costs_two_graphs_whatever_the_depth(make_model, make_clip, diff
     assert list(model.state_dict()) == names
 
 
-def test_more_shapes_than_torch_allows_by_default(make_model, make_clip, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
+def test_more_shapes_than_torch_allows_by_default(make_model, make_clip):
     model, graphs = make_model(depth=2), CompileCounter()
-    compile_blocks(model, backend=graphs)
-    for time in (2, 3):
-        trained(model, make_clip, time)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compile_blocks(model, backend=graphs)
+        for time in (2, 3):
+            trained(model, make_clip, time)
     assert graphs.frame_count == 4
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)
-    with pytest.raises(RuntimeError, match="fullgraph"):
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(FailOnRecompileLimitHit):
         trained(model, make_clip, 4)
 
 
