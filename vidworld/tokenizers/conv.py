@@ -104,7 +104,7 @@ class ConvTokenizer(nn.Module):
         self.mean_C: Tensor
         self.std_C: Tensor
         # The layout in which both cuDNN and oneDNN convolve without transposing.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def digest(self) -> str:
@@ -154,6 +154,7 @@ class ConvTokenizer(nn.Module):
 
     def decode(self, latents_BTChw: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """Normalised latents to video [B, T, 3, H, W], about -1 to 1, not clamped."""
+        self._check_latents(latents_BTChw)
         raw = latents_BTChw * _spread(self.std_C) + _spread(self.mean_C)
         return self.decode_raw(raw, chunk=chunk).to(latents_BTChw.dtype)
 
@@ -164,12 +165,7 @@ class ConvTokenizer(nn.Module):
 
     def decode_raw(self, latents_BTChw: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """`decode` without normalisation."""
-        if latents_BTChw.ndim != 5 or latents_BTChw.shape[2] != self.latent_channels:
-            raise DataError(
-                "latents to decode",
-                got=f"shape {tuple(latents_BTChw.shape)}",
-                expected=f"[B, T, {self.latent_channels}, h, w]",
-            )
+        self._check_latents(latents_BTChw)
         return _per_frame(self.decoder.forward, latents_BTChw, chunk)
 
     def training_loss(self, video: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -186,6 +182,14 @@ class ConvTokenizer(nn.Module):
         noise = torch.randn(latents_NChw.shape, generator=generator, device=generator.device)
         noisy_NChw = latents_NChw + (scale * noise.to(latents_NChw.device)).to(latents_NChw.dtype)
         return reconstruction_loss(self.decoder(noisy_NChw), images_NCHW, latents_NChw, self.config.loss)
+
+    def _check_latents(self, latents_BTChw: Tensor) -> None:
+        if latents_BTChw.ndim != 5 or latents_BTChw.shape[2] != self.latent_channels:
+            raise DataError(
+                "latents to decode",
+                got=f"shape {tuple(latents_BTChw.shape)}",
+                expected=f"[B, T, {self.latent_channels}, h, w]",
+            )
 
 
 def _spread(values_C: Tensor) -> Tensor:
