@@ -244,6 +244,8 @@ def test_config_round_trip():
         {"num_heads": 4, "num_kv_heads": 3},
         {"width": 36, "num_heads": 6},
         {"depth": 3},
+        {"num_kv_heads": 0},
+        {"noise_dims": -1},
     ],
 )
 def test_config_refuses(changes):

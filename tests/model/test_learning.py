@@ -53,6 +53,5 @@ def test_learns_to_move_as_told():
         true = error(model, frames, actions, random)
         shuffled = error(model, frames, actions.roll(1, 0), random)
         variance = frames.latents_BTVChw.var()
-    print(float(true), float(shuffled), float(variance))
     assert true < 0.05 * variance
     assert shuffled > 5 * true

@@ -52,20 +52,28 @@ class DiTConfig:
     noise_dims: int = 0
     """Size of the noise that selects one joint future of a frame (energy-score models); 0 for none."""
     attention: Backend = "auto"
+    """How attention is computed; what does not run here warns and falls back to sdpa."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "width": (self.width % self.num_heads == 0, f"a multiple of num_heads = {self.num_heads}"),
-            "num_heads": (
-                self.width // self.num_heads % 4 == 0,
-                "width / num_heads divisible by 4 (rows and columns each rotate pairs)",
-            ),
-            "num_kv_heads": (
-                self.num_heads % self.num_kv_heads == 0,
-                f"a divisor of num_heads = {self.num_heads}",
-            ),
-            "depth": (self.depth >= self.time_every, f"at least time_every = {self.time_every}"),
-        }
+        counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
+        least = dict.fromkeys(counts, 1) | {"num_registers": 0, "noise_dims": 0}
+        self._hold({name: (getattr(self, name) >= low, f"at least {low}") for name, low in least.items()})
+        self._hold(
+            {
+                "width": (self.width % self.num_heads == 0, f"a multiple of num_heads = {self.num_heads}"),
+                "num_heads": (
+                    self.width // self.num_heads % 4 == 0,
+                    "width / num_heads divisible by 4 (rows and columns each rotate pairs)",
+                ),
+                "num_kv_heads": (
+                    self.num_heads % self.num_kv_heads == 0,
+                    f"a divisor of num_heads = {self.num_heads}",
+                ),
+                "depth": (self.depth >= self.time_every, f"at least time_every = {self.time_every}"),
+            }
+        )
+
+    def _hold(self, rules: dict[str, tuple[bool, str]]) -> None:
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise ConfigError(
