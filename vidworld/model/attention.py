@@ -19,8 +19,8 @@ Backend = Literal["auto", "sdpa", "flex", "xformers"]
 
 # Fused kernels lay the batch along a CUDA grid axis of this length; thousands of environments exceed it.
 MAX_KERNEL_BATCH = 65_535
-# On an H100, sdpa with a dense mask of 4,096 x 4,096 ran at half the speed of flex; the mask of a clip of a few
-# dozen frames is nothing. Where between them the two cross has not been measured.
+# On an H100, sdpa with a dense mask of 4,096 x 4,096 ran at half the speed of flex; the mask of a clip of
+# a few dozen frames is nothing. Where between them the two cross has not been measured.
 LARGE_MASK = 1024 * 1024
 
 
