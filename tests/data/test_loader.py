@@ -235,6 +235,19 @@ def test_video_clips_are_the_decoded_frames(
         assert np.array_equal(batch.actions_BTA[row].numpy(), true["actions"][rows])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_pinned_beside_a_gpu(dataset: ShardDataset, workers: int) -> None:
+    torch.zeros(1, device="cuda")
+    config = LoaderConfig(clip_frames=6, batch_size=4, workers=workers)
+    batch = next(iter(make_loader(dataset, "train", config, seed=0)))
+    assert batch.video_BTVCHW is not None
+    assert batch.video_BTVCHW.is_pinned()
+    assert batch.actions_BTA.is_pinned()
+    assert batch.video_BTVCHW.flatten(0, 2).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.to("cuda", non_blocking=True).video_BTVCHW.cpu(), batch.video_BTVCHW)  # type: ignore[union-attr]
+
+
 def test_each_iteration_starts_again_and_waiting_is_measured(numbers: ShardDataset) -> None:
     loader = make_loader(numbers, "train", config(workers=1), seed=3, start_step=2, num_steps=2)
     first, second = ([name for batch in loader for name in batch.ids] for _ in range(2))
