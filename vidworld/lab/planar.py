@@ -36,13 +36,13 @@ EMBODIMENT = EmbodimentSpec(
 
 BASE = np.array([0.0, -1.0])
 LINKS = (0.85, 0.75)
-LINK_RADII = (0.13, 0.10)
-TIP_RADIUS = 0.13
-DISC_RADIUS = 0.24
-BRUSH_RADIUS = 0.08
+LINK_RADII = (0.17, 0.14)
+TIP_RADIUS = 0.17
+DISC_RADIUS = 0.26
+BRUSH_RADIUS = 0.1
 SHOULDER_LIMITS = (0.25, np.pi - 0.25)
 ELBOW_LIMITS = (-2.2, 2.2)
-MAX_VELOCITY = 2.0
+MAX_VELOCITY = 1.6
 
 TABLE = np.array([226, 222, 212], dtype=np.float32)
 LINK_COLOURS = np.array([[48, 62, 92], [86, 108, 150]], dtype=np.float32)
