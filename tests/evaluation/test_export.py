@@ -1,0 +1,83 @@
+"""`vidworld export`: opens again with the same numbers, and refuses what is damaged."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import vidworld
+from vidworld import cli
+from vidworld.errors import CheckpointError
+from vidworld.world.prompt import Prompt
+
+
+def imagine(path):
+    world = vidworld.load(path, "cpu")
+    prompt = Prompt(np.full((2, 32, 32, 3), 90, np.uint8))
+    with torch.no_grad():
+        return world.rollout(world.reset(prompt), np.zeros((4, 3), np.float32)).latents_BTVChw
+
+
+@pytest.fixture
+def export(untrained_run, tmp_path):
+    def run(*arguments):
+        return cli.run(["export", str(untrained_run), "--out", str(tmp_path / "out"), *arguments])
+
+    return run
+
+
+def test_fp32_repeats_the_run_exactly(export, untrained_run, tmp_path, capsys):
+    assert export() == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "manifest.json", "model.safetensors", "tokenizer", "world.json",
+    ]  # fmt: skip
+    assert torch.equal(imagine(out), imagine(untrained_run))
+    assert "vidworld.load" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "planar_arm" in card
+    assert "| action | shoulder_velocity | rad/s | velocity |" in card
+
+
+def test_bf16_is_half_the_size_and_close(export, untrained_run, tmp_path):
+    assert export() == 0
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    exact = imagine(tmp_path / "out")
+    assert export("--dtype", "bf16", "--overwrite") == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 0.6 * size
+    rounded = imagine(tmp_path / "out")
+    relative = float((rounded - exact).norm() / exact.norm())
+    assert 0 < relative < 0.05
+
+
+def test_an_export_of_an_export_is_the_same(export, tmp_path):
+    assert export() == 0
+    assert cli.run(["export", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_the_card_s_example_runs(export, tmp_path, capsys):
+    assert export() == 0
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), {})
+    assert "torch.Size([4, 1, 32, 32, 3])" in capsys.readouterr().out
+
+
+def test_damage_is_found(export, tmp_path):
+    assert export() == 0
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        vidworld.load(tmp_path / "out", "cpu")
+
+
+def test_a_run_is_never_overwritten(untrained_run, tmp_path, capsys):
+    before = json.loads((untrained_run / "world.json").read_text())
+    assert cli.run(["export", str(untrained_run), "--out", str(untrained_run), "--overwrite"]) == 2
+    assert json.loads((untrained_run / "world.json").read_text()) == before
+    assert cli.run(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "no such folder" in capsys.readouterr().err
