@@ -76,13 +76,19 @@ class ActionEmbedding(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """The tokens of a frame: [V * (h/p) * (w/p) patches][1 proprio][k actions][R registers]."""
+    """The tokens of a frame: [V * (h/p) * (w/p) patches][1 proprio][k actions][R registers].
+
+    Patches get a learned embedding of their place: cameras that stand still show the same thing there, and
+    relative rotations alone learn that more slowly.
+    """
 
     def __init__(self, shape: FrameShape, width: int, patch_size: int, num_registers: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.patch = nn.Linear(shape.channels * patch_size**2, width)
         self.view_VD = nn.Parameter(torch.randn(shape.views, width) * 0.02)
+        num_places = (shape.height // patch_size) * (shape.width // patch_size)
+        self.place_nD = nn.Parameter(torch.randn(num_places, width) * 0.2)
         self.proprio = EmbodimentLinear(
             shape.num_embodiments, shape.proprio_dims, width, used_in=shape.embodiment_proprio_dims
         )
@@ -94,7 +100,8 @@ class TokenEmbedding(nn.Module):
         """Tokens [B, T, N, D]."""
         batch, time = actions_BTkD.shape[:2]
         patches_BTVnP = patchify(frames.latents_BTVChw, self.patch_size)
-        patches_BTVnD = self.patch(patches_BTVnP.to(self.patch.weight.dtype)) + self.view_VD[:, None]
+        patches_BTVnD = self.patch(patches_BTVnP.to(self.patch.weight.dtype))
+        patches_BTVnD = patches_BTVnD + self.view_VD[:, None] + self.place_nD
         proprio_BTD = self.proprio(frames.proprio_BTS, embodiment_B).to(self.register_RD.dtype)
         registers_BTRD = self.register_RD.expand(batch, time, -1, -1)
         return torch.cat(
