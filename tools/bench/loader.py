@@ -183,7 +183,7 @@ def mp4_window(path: Path, start: int, length: int, width: int, height: int) -> 
         for frame in container.decode(stream):
             assert frame.pts is not None
             if round(frame.pts / ticks) >= start:
-                frames.append(scaler.reformat(frame, width, height, "rgb24").to_ndarray())
+                frames.append(scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
                 if len(frames) == length:
                     return np.stack(frames)
     raise DataError("frames of the video", where=path, got=len(frames), expected=length)
