@@ -15,20 +15,20 @@ from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Loop, LoopConfig
 from vidworld.trainer.optim import OptimConfig
-from vidworld.trainer.tasks import Task
+from vidworld.trainer.tasks import Moment, Task
 from vidworld.types import Batch
 
 DIMS = 6
 
 
-class ToyTask(Task):
+class ToyTask(Task[nn.Sequential]):
     """Regress proprioception on actions through two matrices, with noise from the generator."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(DIMS, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, DIMS))
 
-    def forward(self, batch: Batch, generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, torch.Tensor]:
         noise = torch.randn(batch.actions_BTA.shape, generator=generator)
         error = self.net(batch.actions_BTA + 0.1 * noise) - batch.proprio_BTS
         loss = error.square().mean()
@@ -41,7 +41,7 @@ class ToyTask(Task):
 class MaskedTask(ToyTask):
     """Frames whose first action is not above zero are masked; micro-batches weigh by what is left."""
 
-    def forward(self, batch: Batch, generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, torch.Tensor]:
         error = (self.net(batch.actions_BTA) - batch.proprio_BTS).square().mean(-1)
         mask = (batch.actions_BTA[..., 0] > 0).float()
         return {"loss": (error * mask).sum() / mask.sum().clamp(min=1)}

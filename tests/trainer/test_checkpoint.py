@@ -225,7 +225,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     damage(store.save(snapshot(1)) / "model.safetensors")
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(CheckpointError, match="no checkpoint is whole"),
+        pytest.raises(CheckpointError, match="none is whole"),
     ):
         store.newest()
 

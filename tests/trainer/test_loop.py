@@ -212,7 +212,7 @@ def test_accumulation_equals_one_large_batch(
 ) -> None:
     """Micro-batches of unequal masks, too: one is masked altogether."""
 
-    def noiseless(self: Any, batch: Batch, generator: Any, progress: float) -> dict[str, Tensor]:
+    def noiseless(self: Any, batch: Batch, generator: Any, moment: Any) -> dict[str, Tensor]:
         return {"loss": (self.net(batch.actions_BTA) - batch.proprio_BTS).square().mean()}
 
     plain = type("Noiseless", (toy.Task,), {"forward": noiseless})

@@ -23,7 +23,7 @@ class EMA(Generic[M]):
         self.module: M = copy.deepcopy(module).float().eval().requires_grad_(False)
         self._shadow: list[Tensor] = list(self.module.parameters())
         self._shadow_buffers = list(self.module.buffers())
-        self._source: M | None = None
+        self._source: nn.Module | None = None
         self._weights: list[Tensor] = []
         self._buffers: list[Tensor] = []
 

@@ -1,7 +1,10 @@
 """One optimizer step, the same to the loop whether alone, under DDP or under DeepSpeed ZeRO."""
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
@@ -9,6 +12,9 @@ from torch import Tensor, nn
 
 from vidworld.errors import CheckpointError, ConfigError, require
 from vidworld.trainer.optim import OptimConfig, build_optimizers, set_rates
+
+# Ranks wait this long for the first one, which encodes, validates and draws samples.
+PATIENCE = timedelta(hours=2)
 
 Strategy = Literal["ddp", "zero1", "zero2"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -36,8 +42,11 @@ class Engine(Protocol):
     world_size: int
     num_optimizer_shards: int
 
-    def backward(self, forward: "Forward", share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
-        """Run one micro-batch; `share` is its part of the step's loss (times the number of ranks)."""
+    def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
+        """Run the task on one micro-batch's inputs and accumulate `share` of its gradient.
+
+        The share is its part of the step's loss, times the number of ranks; ranks are joined at the last one.
+        """
         ...
 
     def update(self, factor: float) -> dict[str, Tensor]:
@@ -55,10 +64,6 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for every rank."""
         ...
-
-
-Forward = Callable[[nn.Module], dict[str, Tensor]]
-"""Calls the prepared module and returns its losses."""
 
 
 def build_engine(
@@ -106,7 +111,9 @@ class PlainEngine:
     ) -> None:
         accelerate = require("accelerate", "train")
         ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = accelerate.Accelerator(cpu=not _has_accelerator(), kwargs_handlers=[ddp])
+        self.accelerator = accelerate.Accelerator(
+            cpu=not _has_accelerator(), kwargs_handlers=[ddp, *_process_group(accelerate)]
+        )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -118,17 +125,13 @@ class PlainEngine:
         self.optimizers = build_optimizers(self.names, optim, matrices)
         self.autocast = _autocast(config, self.device)
 
-    def backward(self, forward: Forward, share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
+    def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
         """Accumulate `share` of this micro-batch's gradient; ranks are joined at the last one."""
-        if last:
-            return self._backward(forward, share)
-        with self.accelerator.no_sync(self.module):
-            return self._backward(forward, share)
-
-    def _backward(self, forward: Forward, share: float | Tensor) -> dict[str, Tensor]:
-        with self.autocast():
-            losses = forward(self.module)
-        (losses["loss"] * share).backward()
+        joined = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
+        with joined:
+            with self.autocast():
+                losses = self.module(*inputs)
+            (losses["loss"] * share).backward()
         return losses
 
     @torch.no_grad()
@@ -197,6 +200,12 @@ class ZeroEngine:
         self, task: nn.Module, config: EngineConfig, optim: OptimConfig, micro_batch_size: int
     ) -> None:
         accelerate = require("accelerate", "train")
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                f"engine.strategy {config.strategy!r}",
+                got="a process without a launcher",
+                fix="start it with: torchrun --nproc-per-node N training/train.py CONFIG",
+            )
         require("deepspeed", "train")
         require("transformers", "train")  # accelerate's DeepSpeed path imports it
         bf16 = _uses_bf16(config)
@@ -205,7 +214,9 @@ class ZeroEngine:
         )
         # Not cpu=True: with it accelerate quietly leaves DeepSpeed out.
         self.accelerator = accelerate.Accelerator(
-            deepspeed_plugin=plugin, gradient_accumulation_steps=config.accumulation
+            deepspeed_plugin=plugin,
+            gradient_accumulation_steps=config.accumulation,
+            kwargs_handlers=_process_group(accelerate),
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -215,9 +226,9 @@ class ZeroEngine:
         optimizer = build_optimizers(list(task.named_parameters()), optim)["adamw"]
         self.module, _ = self.accelerator.prepare(task.to(self.device), optimizer)
 
-    def backward(self, forward: Forward, share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
+    def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
         """Accumulate `share` of this micro-batch's gradient; ranks are joined at the last one."""
-        losses = forward(self.module)
+        losses = self.module(*inputs)
         self.module.set_gradient_accumulation_boundary(last)
         self.module.backward(losses["loss"] * share, scale_wrt_gas=False)
         return losses
@@ -246,16 +257,21 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: dict[str, Tensor], *, where: object) -> None:
-        """Restore this rank's slices in place."""
-        mine, _ = self.optimizer_state()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in tensors.items()}:
+        """Restore this rank's slices."""
+        zero = self.module.optimizer
+        slices = zero.single_partition_of_fp32_groups
+        expected = {f"zero/{index}/weights": weights.shape for index, weights in enumerate(slices)}
+        if expected != {k: v.shape for k, v in tensors.items() if k.endswith("/weights")}:
             raise CheckpointError(
                 "optimizer state of another sharding",
                 where=where,
                 fix="resume with the number of ranks and the strategy that saved it",
             )
-        for name, value in mine.items():
-            value.copy_(tensors[name])
+        for index, weights in enumerate(slices):
+            prefix = f"zero/{index}/"
+            mine = {k.removeprefix(prefix): v.to(weights) for k, v in tensors.items() if k.startswith(prefix)}
+            weights.copy_(mine.pop("weights"))
+            zero.optimizer.state[weights] = mine
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -278,6 +294,18 @@ def deepspeed_config(
         },
         **autocast,
     }
+
+
+def _process_group(accelerate: Any) -> list[Any]:
+    """Settings of the process group, if this process is one of several.
+
+    The backend is named because accelerate otherwise takes the ranks of a CPU machine under DeepSpeed for one
+    process each: all of them would be rank 0, and barriers would not wait.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    backend = "nccl" if _has_accelerator() else "gloo"
+    return [accelerate.InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)]
 
 
 def _has_accelerator() -> bool:

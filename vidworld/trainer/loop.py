@@ -24,7 +24,7 @@ from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import Engine
 from vidworld.trainer.logging import Accumulator, RunLog
 from vidworld.trainer.optim import OptimConfig, rate_factor
-from vidworld.trainer.tasks import Task
+from vidworld.trainer.tasks import Moment, Task
 from vidworld.types import Batch
 
 
@@ -72,7 +72,7 @@ class Look:
     """
 
     every: int
-    call: Callable[[int, Task], Mapping[str, Any]]
+    call: Callable[[int, Any], Mapping[str, Any]]
     """(step, the task with EMA weights) -> values."""
 
 
@@ -81,8 +81,8 @@ class Loop:
 
     def __init__(
         self,
-        task: Task,
-        ema: EMA[Task],
+        task: Task[Any],
+        ema: EMA[Task[Any]],
         feed: Feed,
         engine: Engine,
         optim: OptimConfig,
@@ -147,17 +147,14 @@ class Loop:
         shares = self._shares(micro_batches)
         losses: dict[str, Tensor] = {}
         for micro, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
-            generator = noise_generator(
-                self.seed, number, micro * self.engine.world_size + self.engine.rank, self.engine.device
-            )
-            parts = self.engine.backward(
-                lambda module, b=batch, g=generator: module(b, g, progress),
-                share,
-                last=micro == len(micro_batches) - 1,
-            )
+            part = micro * self.engine.world_size + self.engine.rank
+            generator = noise_generator(self.seed, number, part, self.engine.device)
+            moment = Moment(progress, number * self.accumulation + micro)
+            last = micro == len(micro_batches) - 1
+            parts = self.engine.backward((batch, generator, moment), share, last=last)
             for name, value in parts.items():
-                part = value.detach() * share
-                losses[name] = losses[name] + part if name in losses else part
+                value = value.detach() * share
+                losses[name] = losses[name] + value if name in losses else value
         outcome = self.engine.update(rate_factor(self.optim, number, progress))
         self.ema.update(self.task)
         self._streak = (self._streak + 1) * outcome["skipped"]

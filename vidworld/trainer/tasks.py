@@ -1,27 +1,65 @@
-"""What is trained: a module that turns a batch into losses. (tokenizer and world come below)"""
+"""What is trained: modules that turn a batch into losses, one for tokenizers and one for worlds.
+
+Shapes: B batch, T frames (latent ones for a world), V views, C channels, H W pixels, h w latent,
+A action dims, S proprio dims, k actions per latent frame, M target streams, X noise dims.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vidworld.types import Batch
+from vidworld.diffusion.objective import (
+    ObjectiveConfig,
+    bootstrap_rows,
+    context_levels,
+    draw_levels,
+    energy_loss,
+    noise_like,
+    shortcut_loss,
+)
+from vidworld.diffusion.path import mix
+from vidworld.errors import ConfigError, DataError
+from vidworld.model.dit import CausalDiT
+from vidworld.model.inputs import Conditioning
+from vidworld.model.normalizer import Normalizer
+from vidworld.model.parameters import muon_parameters
+from vidworld.model.two_stream import target_predictor
+from vidworld.tokenizers.base import chunk_actions, fold_views, to_unit_range
+from vidworld.tokenizers.conv import ConvTokenizer
+from vidworld.types import Batch, Frames
 
 
-class Task(nn.Module):
+@dataclass(frozen=True)
+class Moment:
+    """Where in training a micro-batch stands."""
+
+    progress: float = 0.0
+    """Share of training done, 0 to 1."""
+    micro_batches: int = 0
+    """Micro-batches that this rank has had before it."""
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Task(nn.Module, Generic[N]):
     """One forward is one backward, so that DDP and DeepSpeed can wrap it.
 
     `net` is the module whose weights are trained, averaged and saved.
     """
 
-    net: nn.Module
+    net: N
     tokens_per_frame: float = 1.0
-    """Tokens that the network reads for a frame of a clip, for the log."""
+    """Tokens that the network reads for a camera frame of a clip, for the log."""
 
-    def forward(self, batch: Batch, generator: torch.Generator, progress: float) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
         """Losses of one micro-batch: "loss", and parts for the log without gradient, scalars all.
 
-        Every random tensor comes from `generator`; progress in [0, 1] is the share of training done.
+        Every random tensor comes from `generator`.
         """
         raise NotImplementedError
 
@@ -32,3 +70,118 @@ class Task(nn.Module):
     def matrices(self) -> Sequence[nn.Parameter]:
         """Weights for Muon: matrices of hidden layers."""
         return ()
+
+    def compile_parts(self) -> None:
+        """Compile what runs in training, in place; names in the state dict stay as they are."""
+
+
+class TokenizerTask(Task[ConvTokenizer]):
+    """Reconstruct frames; views and frames of a clip are so many pictures."""
+
+    def __init__(self, tokenizer: ConvTokenizer) -> None:
+        super().__init__()
+        self.net = tokenizer
+
+    def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
+        """The tokenizer's own training loss on uint8 video."""
+        return self.net.training_loss(pixels(batch), generator)
+
+    def compile_parts(self) -> None:
+        """Compile encoder and decoder."""
+        self.net.encoder.compile(dynamic=False)
+        self.net.decoder.compile(dynamic=False)
+
+
+class WorldTask(Task[CausalDiT]):
+    """Denoise target frames given noisy context frames and actions (two streams, see `model.two_stream`)."""
+
+    def __init__(
+        self,
+        model: CausalDiT,
+        normalizer: Normalizer,
+        objective: ObjectiveConfig,
+        *,
+        action_dropout: float = 0.1,
+        clip_dropout: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if objective.kind == "energy" and not model.config.noise_dims:
+            raise ConfigError("model.noise_dims for objective 'energy'", got=0, expected="above 0")
+        self.net, self.normalizer, self.objective = model, normalizer, objective
+        self.action_dropout, self.clip_dropout = action_dropout, clip_dropout
+        self.num_targets = objective.energy.samples if objective.kind == "energy" else 1
+        stride = model.shape.actions_per_frame
+        self.tokens_per_frame = model.tokens_per_frame * (1 + self.num_targets) / stride
+
+    def clean(self, batch: Batch) -> Frames:
+        """Normalised frames of a batch of latents: one row of proprioception a latent frame."""
+        if batch.latents_BTVChw is None:
+            raise DataError(
+                "batch to train a world on", got="video", expected="latents", fix="encode it first"
+            )
+        proprio_BTS = batch.proprio_BTS[:, :: self.net.shape.actions_per_frame]
+        return Frames(
+            batch.latents_BTVChw.float(), self.normalizer.proprio(proprio_BTS.float(), batch.embodiment_B)
+        )
+
+    def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
+        """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""
+        actions_BTA = self.normalizer.actions(batch.actions_BTA.float(), batch.embodiment_B)
+        actions_BTkA, keep_BT = chunk_actions(actions_BTA, self.net.shape.actions_per_frame)
+        keep_BT = keep_BT & (_uniform(keep_BT.shape, generator, keep_BT.device) >= self.action_dropout)
+        keep_BT = keep_BT & (_uniform(keep_BT[:, :1].shape, generator, keep_BT.device) >= self.clip_dropout)
+        noise_BTX = None
+        if noise_dims := self.net.config.noise_dims:
+            batch_size, num_frames = keep_BT.shape
+            shape = (batch_size, self.num_targets * num_frames, noise_dims)
+            noise_BTX = torch.zeros(shape, device=keep_BT.device)
+            if self.objective.kind == "energy":
+                noise_BTX = _normal(shape, generator, keep_BT.device)
+        return Conditioning(actions_BTkA, keep_BT, batch.embodiment_B, noise_BTX)
+
+    def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
+        """Shortcut forcing, or the energy score of one-step samples."""
+        clean = self.clean(batch)
+        conditioning = self.conditioning(batch, generator)
+        context_level = context_levels(clean, self.objective, generator=generator)
+        context = mix(clean, noise_like(clean, generator=generator), context_level)
+        predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
+        match self.objective.kind:
+            case "shortcut":
+                noise = noise_like(clean, generator=generator)
+                num_bootstrap = bootstrap_rows(
+                    self.objective, len(batch.ids), moment.progress, moment.micro_batches
+                )
+                draws = draw_levels(clean, self.objective, num_bootstrap=num_bootstrap, generator=generator)
+                on_rows = partial(predict, rows=slice(0, num_bootstrap))
+                return shortcut_loss(predict, on_rows, clean, noise, draws, self.objective)
+            case "energy":
+                tiled = Frames.cat([clean] * self.num_targets, 1)
+                return energy_loss(predict, clean, noise_like(tiled, generator=generator), self.objective)
+            case other:
+                raise ConfigError("objective.kind", got=other, expected="shortcut or energy")
+
+    def matrices(self) -> Sequence[nn.Parameter]:
+        """The blocks' matrices."""
+        return muon_parameters(self.net)
+
+    def compile_parts(self) -> None:
+        """Compile each block."""
+        from vidworld.model.compile import compile_blocks
+
+        compile_blocks(self.net)
+
+
+def pixels(batch: Batch) -> Tensor:
+    """Pictures of a video batch [B * V, T, 3, H, W] in [-1, 1]."""
+    if batch.video_BTVCHW is None:
+        raise DataError("batch to train a tokenizer on", got="latents", expected="video")
+    return to_unit_range(fold_views(batch.video_BTVCHW))
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.rand(tuple(shape), generator=generator, device=generator.device).to(device)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)

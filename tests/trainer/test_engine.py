@@ -1,0 +1,117 @@
+"""Several ranks: DDP and DeepSpeed ZeRO do what one process does, and resume."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidworld.errors import ConfigError
+from vidworld.trainer.engine import EngineConfig, build_engine, deepspeed_config
+from vidworld.trainer.loop import Loop
+from vidworld.trainer.optim import OptimConfig
+
+WORKER = Path(__file__).with_name("worker.py")
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+def torchrun(strategy: str, out: Path, *scenarios: str, ranks: int = 2) -> str:
+    """Run the worker on gloo ranks; what it said on standard error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(WORKER), strategy, str(out), *scenarios],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def final(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    """Weights of the checkpoint at the end of a run."""
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    assert latest == "step-00000010"
+    return load_file(run / "checkpoints" / latest / f"{name}.safetensors")
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def alone(make_loop: Callable[..., Loop], tmp_path: Path) -> Path:
+    """The run of one process that those of two must equal: twice the micro-batches, same order and noise."""
+    loop = make_loop(
+        tmp_path / "alone",
+        optim=OptimConfig(name="adamw", lr=1e-2, warmup_steps=3),
+        engine=EngineConfig(accumulation=4),
+        ema_decay=0.99,
+    )
+    loop.fit()
+    return tmp_path / "alone"
+
+
+def check_runs(alone: Path, out: Path, said: str) -> None:
+    """Ten steps, five and five, and a step that one rank alone would spoil."""
+    assert "SIGTERM at step" in said or "another rank at step" in said
+    whole, parts = out / "whole", out / "parts"
+    for name in ("model", "ema"):
+        assert_close(final(alone, name), final(whole, name))
+        first, second = final(whole, name), final(parts, name)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    # One rank got the signal in the fourth step (number 3); the ranks agree one step later.
+    assert {"step-00000005", "step-00000010"} <= {
+        path.name for path in (parts / "checkpoints").glob("step-*")
+    }
+
+    lines = (out / "poison" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["skipped"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert all(torch.isfinite(tensor).all() for tensor in final(out / "poison").values())
+
+
+def test_ddp_on_two_ranks(alone: Path, tmp_path: Path) -> None:
+    said = torchrun("ddp", tmp_path, "whole", "stop", "resume", "poison")
+    check_runs(alone, tmp_path, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+def test_zero_on_two_ranks(alone: Path, tmp_path: Path, strategy: str) -> None:
+    said = "".join(torchrun(strategy, tmp_path, name) for name in ("whole", "stop", "resume", "poison"))
+    check_runs(alone, tmp_path, said)
+    shards = [load_file(p) for p in sorted((tmp_path / "whole").glob("checkpoints/*10/optimizer-*"))]
+    assert len(shards) == 2
+    assert not torch.equal(shards[0]["zero/0/exp_avg"], shards[1]["zero/0/exp_avg"]), "each its own"
+    with pytest.raises(AssertionError, match="number of ranks"):
+        torchrun(strategy, tmp_path, "resume", ranks=1)
+
+
+def test_zero_refuses_muon(toy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"set optim\.name to adamw"):
+        build_engine(toy.Task(), EngineConfig(strategy="zero1"), OptimConfig(name="muon"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_bf16_is_refused_on_a_cpu(toy: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.precision"):
+        build_engine(toy.Task(), EngineConfig(precision="bf16"), OptimConfig())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_launch_file_is_what_the_trainer_says(stage: int) -> None:
+    shown = json.loads((TRAINING / f"deepspeed_zero{stage}.json").read_text())
+    config = EngineConfig(strategy=f"zero{stage}")  # type: ignore[arg-type]
+    assert shown == deepspeed_config(config, OptimConfig(), micro_batch_size=1, bf16=True) | {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
