@@ -191,14 +191,12 @@ def _convert(source: Source, options: ConvertOptions, root: str) -> tuple[Manife
 def make_plan(source: Source, options: ConvertOptions) -> Plan:
     """Resolve options against a source. Raises ConfigError (or DataError) for what does not fit."""
     width, height = _size(options.size)
-    for name, least in (("min_frames", 2), ("episodes_per_shard", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}", got=getattr(options, name), expected=f">= {least}"
-            )
+    for name, least in (("min_frames", 2), ("episodes_per_shard", 1), ("workers", 1), ("max_episodes", 1)):
+        if (given := getattr(options, name)) is not None and given < least:
+            raise ConfigError(f"--{name.replace('_', '-')}", got=given, expected=f"at least {least}")
     if unknown := set(options.views) - set(source.views):
         raise ConfigError("--views", got=sorted(unknown)[0], expected=" or ".join(source.views))
-    fps = source.fps if options.fps is None else options.fps
+    fps = float(source.fps if options.fps is None else options.fps)
     if not fps > 0:
         raise ConfigError("--fps", got=fps, expected="more than 0")
     embodiments = read_contracts(options.contract, source.embodiments)

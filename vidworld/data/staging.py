@@ -142,10 +142,15 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -
             raise ConfigError(
                 f"{'the source' if changed else f'option {name!r}'} is not that of the conversion",
                 where=out,
-                got=json.dumps(new),
-                expected=json.dumps(old),
+                got=_brief(new),
+                expected=_brief(old),
                 fix=_REPLACE,
             )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from vidworld.errors import DataError
 from vidworld.types import Video
@@ -126,13 +127,14 @@ def _decode(path: Path, first: int, count: int) -> Iterator[np.ndarray]:
         if first:
             container.seek(start_tick, stream=stream, backward=True, any_frame=False)
         size = (stream.codec_context.width, stream.codec_context.height)
+        convert = VideoReformatter()
         try:
             for frame in container.decode(stream):
                 if frame.pts is not None and frame.pts < start_tick:
                     continue
                 if frame.is_corrupt or (frame.width, frame.height) != size:
                     raise DataError(f"corrupt video: frame {first + given} is damaged", where=path)
-                yield frame.to_ndarray(format="rgb24")
+                yield convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
                 given += 1
                 if given == count:
                     return
@@ -167,7 +169,7 @@ def _open(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
                     got=f"{context.width}x{context.height}",
                     expected=f"1 to {MAX_PIXELS} pixels",
                 )
-            # One decoder a worker process: threads inside each would only compete.
+            # One thread: the worker processes share the cores already.
             context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
