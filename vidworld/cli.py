@@ -1,5 +1,6 @@
 """The `vidworld` command: a table of subcommands, each parsed into its own dataclass, imported when used."""
 
+import difflib
 import importlib
 import signal
 import sys
@@ -40,9 +41,22 @@ def usage() -> str:
     )
 
 
+def run_command(arguments: Sequence[str]) -> None:
+    """Run one command; errors are raised."""
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise ConfigError(
+            f"unknown command {name!r}",
+            fix=f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}",
+        )
+    module, _, function = COMMANDS[name].target.partition(":")
+    getattr(importlib.import_module(module), function)(rest, f"vidworld {name}")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; errors of the user print one line and no traceback."""
-    name, *rest = arguments or ["--help"]
+    name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -52,16 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"vidworld {__version__}")
         return 0
     try:
-        if name not in COMMANDS:
-            import difflib
-
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            raise ConfigError(
-                f"unknown command {name!r}",
-                fix=f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}",
-            )
-        module, _, function = COMMANDS[name].target.partition(":")
-        getattr(importlib.import_module(module), function)(rest, f"vidworld {name}")
+        run_command(arguments)
     except VidworldError as error:
         label = "stopped" if isinstance(error, PreemptedError) else "error"
         print(f"vidworld: {label}: {error}", file=sys.stderr)

@@ -4,18 +4,26 @@
 call, with settings that fit two cores and a few minutes.
 """
 
+import json
+import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
+import yaml
 
+from vidworld.cli import run_command
 from vidworld.config import parse
 from vidworld.errors import ConfigError
 
 KINDS = ("planar",)
+CONTEXT = 4
+MARK = "demo.json"
+"""Written first, so that `--overwrite` only ever empties a directory that a demo made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,5 +87,124 @@ def lab_main(arguments: Sequence[str], prog: str) -> None:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """The command `vidworld demo`."""
-    run_demo(parse(DemoOptions, arguments, prog=prog))
+    """The command `vidworld demo`: prints each step as the command that does it, and does it."""
+    options = parse(DemoOptions, arguments, prog=prog)
+    began = time.monotonic()
+    _claim(options)
+    data = _dataset(options)
+    manifest = json.loads((data / "manifest.json").read_text())
+    _write_configs(options, data)
+    tokenizer, world = options.out / "tokenizer", options.out / "world"
+    _do("train", options.out / "tokenizer.yaml", "--out", tokenizer)
+    _do("train", options.out / "world.yaml", "--out", world)
+    episode = next(s["samples"][0]["episode_id"] for s in manifest["shards"] if s["split"] == "val")
+    asked = ("--data", data, "--prompt", episode, "--context", CONTEXT, "--frames", options.frames)
+    _do("rollout", world, *asked, "--out", options.out / "rollout")
+    _do("rollout", world, *asked, "--actions", "sweep", "--samples", 1, "--out", options.out / "sweep")
+    report = options.out / "report"
+    horizon = ("--context", CONTEXT, "--frames", options.frames)
+    _do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
+    _finish(options, json.loads((report / "metrics.json").read_text()), (time.monotonic() - began) / 60)
+
+
+def _claim(options: DemoOptions) -> None:
+    """Make the output directory, emptied if an earlier demo made it and that is asked for."""
+    out = options.out
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise ConfigError("--out", got=f"{out}, which no demo made", expected="a new or empty directory")
+        if not options.overwrite:
+            raise ConfigError("--out", got=f"{out}, an earlier demo", fix="pass --overwrite to replace it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text(json.dumps({"state": "running"}) + "\n")
+
+
+def _dataset(options: DemoOptions) -> Path:
+    """Shards of the simulated robot, or of the user's logs."""
+    if options.data is None:
+        made = options.out / "data"
+        _do("lab", "planar", "--episodes", options.episodes, "--seed", options.seed, "--out", made)
+    elif (options.data / "manifest.json").exists():
+        return options.data
+    else:
+        made = options.out / "data"
+        limit = ("--max-episodes", options.episodes)
+        _do("shard", options.data, "--size", options.size, *limit, "--out", made)
+    _do("inspect", made)
+    return made
+
+
+def _write_configs(options: DemoOptions, data: Path) -> None:
+    """Two YAMLs of differences that fit two CPU cores; copy and edit them for more."""
+    common = {"data": str(data), "seed": options.seed, "wandb": "off"}
+    engine = {"precision": "bf16" if _fast_bf16() else "fp32"}
+    tokenizer = common | {
+        "kind": "tokenizer",
+        "tokenizer": {"widths": [32, 48, 64], "encoder_blocks": [0, 1, 1], "decoder_blocks": [1, 1, 1]},
+        "loader": {"clip_frames": 1, "batch_size": 16, "workers": 0},
+        "optim": {"lr": 2e-3, "warmup_steps": 50},
+        "loop": {"minutes": options.tokenizer_minutes, "ema_decay": 0.99},
+        "look": {"validate_every": 0, "sample_every": 0},
+    }
+    world = common | {
+        "kind": "world",
+        "tokenizer": str(options.out / "tokenizer"),
+        "model": {
+            "width": 128,
+            "depth": 6,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "time_every": 3,
+            "num_registers": 2,
+        },
+        "objective": {"finest_steps": 8},
+        "sampler": {"steps": 2},
+        "loader": {"clip_frames": 12, "batch_size": 16, "workers": 0},
+        "optim": {"lr": 1e-3, "muon_lr": 0.02, "warmup_steps": 30, "decay_fraction": 0.35},
+        "loop": {"minutes": options.world_minutes, "ema_decay": 0.99, "log_every": 10},
+        "engine": engine,
+        "look": {"validate_every": 200, "sample_every": 0, "validate_batches": 1},
+    }
+    for name, settings in (("tokenizer", tokenizer), ("world", world)):
+        (options.out / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere float32 is faster."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _do(command: str, *arguments: object) -> None:
+    """Print a command as a user would type it, and run it in this process."""
+    words = [command, *map(str, arguments)]
+    print(f"\n$ vidworld {shlex.join(words)}", flush=True)
+    run_command(words)
+
+
+def _finish(options: DemoOptions, metrics: Mapping[str, Any], minutes: float) -> None:
+    """Keep the figures, and say where the report is and what to do next."""
+    summary = {k: v for k, v in metrics["summary"].items() if v is not None}
+    record = {"state": "done", "minutes": round(minutes, 2), "summary": summary}
+    (options.out / MARK).write_text(json.dumps(record, indent=1) + "\n")
+    gain = summary.get("psnr_gain.f8", summary.get(f"psnr_gain.f{options.frames}"))
+    print(
+        f"\nDone in {minutes:.1f} minutes: logs in, simulator out.\n"
+        f"  held-out gain over holding the last frame, at frame 8: {gain:+.1f} dB\n"
+        f"  error with wrong actions over error with true ones:    {summary['shuffle_ratio']:.2f}x\n"
+        f"  report   {options.out / 'report' / 'report.html'}\n"
+        f"  clips    {options.out / 'rollout' / 'grid.mp4'}, {options.out / 'sweep' / 'grid.mp4'}\n"
+        "Next:\n"
+        "  make demo DATA=<a LeRobot dataset>            the same on your robot\n"
+        f"  vidworld train {options.out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
+        f"  python -c \"import vidworld; world = vidworld.load('{options.out / 'world'}')\"   docs/simulator.md"
+    )
