@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ class ConvertOptions:
     episodes_per_shard: int = 64
     """A shard ends after this many episodes,"""
     shard_mb: float = 256
-    """or when it has grown to this many megabytes."""
+    """or when it has grown to this many megabytes (it is held in memory until then)."""
     seed: int = 0
     """Changes which episodes the hash holds out."""
     workers: int | None = None
@@ -272,8 +271,8 @@ def _write_shards(plan: Plan, options: ConvertOptions, staging: Staging, job: Jo
     _check_budget(quarantined, budget, plan.total)
     pending = [episode_id for split in SPLITS for episode_id in todo[split]]
     workers = min(options.workers or _cores(), max(len(pending), 1))
-    with ExitStack() as stack:
-        prepared = watched(stack.enter_context(results(job, pending, workers)))
+    with results(job, pending, workers) as stream:
+        prepared = watched(stream)
         for split in SPLITS:
             left = todo[split]
             while left:
@@ -291,32 +290,33 @@ def _write_group(
     options: ConvertOptions,
     staging: Staging,
 ) -> Group:
-    """Write the next shard from the next results, until it is full or the split ends."""
-    path = staging.tar(split, index)
+    """Take the next results until a shard is full or the split ends, and write it."""
     episodes: list[str] = []
     quarantined: list[Quarantined] = []
-    samples: list[Sample] = []
+    good: list[Prepared] = []
     size = 0
-    writer = ShardWriter(path)
-    with ExitStack() as stack:
-        while len(episodes) < len(planned) and len(samples) < options.episodes_per_shard:
-            result = next(prepared)
-            assert result.episode_id == planned[len(episodes)]
-            episodes.append(result.episode_id)
-            if isinstance(result, Quarantined):
-                quarantined.append(result)
-                continue
-            if not samples:
-                stack.enter_context(writer)
-            key = sample_key(result.episode_id)
-            writer.add(key, result.members)
-            samples.append(Sample(key, result.frames, result.embodiment, result.episode_id, result.text))
-            size += sum(map(len, result.members.values()))
-            if size >= options.shard_mb * 1e6:
-                break
+    while len(episodes) < len(planned) and len(good) < options.episodes_per_shard:
+        result = next(prepared)
+        assert result.episode_id == planned[len(episodes)]
+        episodes.append(result.episode_id)
+        if isinstance(result, Quarantined):
+            quarantined.append(result)
+            continue
+        good.append(result)
+        size += sum(map(len, result.members.values()))
+        if size >= options.shard_mb * 1e6:
+            break
     shard = None
-    if samples:
-        shard = Shard(f"{SHARDS}/{path.name}", writer.sha256, writer.bytes, split, tuple(samples))
+    if good:
+        path = staging.tar(split, index)
+        with ShardWriter(path) as writer:
+            for done in good:
+                writer.add(sample_key(done.episode_id), done.members)
+        samples = tuple(
+            Sample(sample_key(done.episode_id), done.frames, done.embodiment, done.episode_id, done.text)
+            for done in good
+        )
+        shard = Shard(f"{SHARDS}/{path.name}", writer.sha256, writer.bytes, split, samples)
     group = Group(split, tuple(episodes), tuple(quarantined), shard)
     staging.finish(index, group)
     return group
