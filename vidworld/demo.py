@@ -206,5 +206,5 @@ def _finish(options: DemoOptions, metrics: Mapping[str, Any], minutes: float) ->
         "Next:\n"
         "  make demo DATA=<a LeRobot dataset>            the same on your robot\n"
         f"  vidworld train {options.out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
-        f"  python -c \"import vidworld; world = vidworld.load('{options.out / 'world'}')\"   docs/simulator.md"
+        f"  vidworld.load('{options.out / 'world'}') in Python: see docs/simulator.md"
     )
