@@ -100,12 +100,28 @@ class Manifest:
         yield from (f"embodiment {name!r} twice" for name in _repeated(c.embodiment for c in self.contracts))
         if (self.kind == "latents") != (self.tokenizer is not None):
             yield f"kind {self.kind!r} and tokenizer {self.tokenizer!r} do not go together"
+        if self.tokenizer is not None:
+            yield from self._tokenizer_problems(self.tokenizer)
         known = {contract.embodiment for contract in self.contracts}
         for shard in self.shards:
             yield from _shard_problems(shard, known)
         yield from (f"shard {name!r} twice" for name in _repeated(shard.file for shard in self.shards))
         keys = (sample.key for shard in self.shards for sample in shard.samples)
         yield from (f"sample key {key!r} twice" for key in _repeated(keys))
+
+    def _tokenizer_problems(self, tokenizer: dict[str, Any]) -> Iterable[str]:
+        numbers = [tokenizer.get(name) for name in ("channels", "spatial_stride", "time_stride")]
+        if not isinstance(tokenizer.get("digest"), str) or not all(
+            isinstance(number, int) and number > 0 for number in numbers
+        ):
+            yield f"tokenizer {tokenizer} needs digest, channels, spatial_stride and time_stride"
+            return
+        space, time = tokenizer["spatial_stride"], tokenizer["time_stride"]
+        if self.height % space or self.width % space:
+            yield f"size {self.width}x{self.height} is not divisible by the spatial stride {space}"
+        for sample in self.samples():
+            if (sample.frames - 1) % time:
+                yield f"sample {sample.key!r}: {sample.frames} frames are not 1 + n * time stride {time}"
 
     @cached_property
     def digest(self) -> str:

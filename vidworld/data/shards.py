@@ -1,7 +1,6 @@
 """Shards: ordinary WebDataset tars, written whole or not at all, read only after their checksum held.
 
-A tar has no integrity of its own (a flipped bit or a cut can silently shorten it), so every read goes through
-the manifest: size at open, sha256 on first touch, then the exact list of members.
+Every read goes through the manifest: sizes at open, sha256 on first touch, then the exact list of samples.
 """
 
 import contextlib
@@ -9,8 +8,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import tarfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +18,16 @@ from typing import Any
 import numpy as np
 
 from vidworld.data.manifest import NAME_PATTERN, Manifest, Sample, Shard, sync_directory
+from vidworld.data.tar_reader import MEMBER_PATTERN, MemberReader, OpenShard, damaged, open_shard, unreadable
 from vidworld.data.video import VIDEO_SUFFIX, decode_video
 from vidworld.errors import DataError, require
 
-MEMBER_PATTERN = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_-]*\.)+(?:mp4|jpg|png|npy|npz|json|txt)")
+TABLES = ("actions.npy", "proprio.npy", "timestamps.npy", "meta.json")
+"""Member suffixes that every sample has, next to one per view."""
 PARTIAL_SUFFIX = ".partial"
+"""Ends the hidden name of a shard that is still being written."""
 MAX_MEMBER_NAME = 100
-MAX_MEMBER_BYTES = 4 << 30
+"""Of the plainest tar header (ustar), which every reader knows."""
 
 
 def video_member(view: str) -> str:
@@ -56,7 +56,7 @@ class ShardWriter:
     """Write one shard; equal samples give equal bytes.
 
     The file appears under its name only when the `with` block ends well, after which `sha256` and `bytes` say
-    what was written. An exception leaves nothing behind.
+    what was written. An exception leaves nothing behind; a kill leaves at most a hidden `*.partial`.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -67,9 +67,8 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         writer = require("webdataset", "train").TarWriter
-        self._file = open(self._partial, "wb")
-        self._hashed = _HashedFile(self._file)
-        self._tar = writer(self._hashed, user="root", group="root", mode=0o644, encoder=False, mtime=0)
+        self._sink = _HashedFile(open(self._partial, "wb"))
+        self._tar = writer(self._sink, user="root", group="root", mode=0o644, encoder=False, mtime=0)
         return self
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -80,17 +79,23 @@ class ShardWriter:
         check_key(key)
         if key in self._keys:
             raise DataError(f"sample key {key!r} given twice", where=self.path)
-        if not members:
-            raise DataError(f"sample {key!r} has no members", where=self.path)
+        if len({suffix.lower() for suffix in members}) != len(members) or not members:
+            raise DataError(
+                f"members of sample {key!r}",
+                where=self.path,
+                got=", ".join(members) or "none",
+                expected="names that differ in more than case",
+            )
         for suffix, content in members.items():
             if not MEMBER_PATTERN.fullmatch(suffix) or len(f"{key}.{suffix}") > MAX_MEMBER_NAME:
                 raise DataError(
                     f"member name of sample {key!r}",
                     where=self.path,
-                    got=repr(suffix),
-                    expected=f"name.mp4, .jpg, .png, .npy, .npz, .json or .txt, {MAX_MEMBER_NAME} characters",
+                    got=repr(suffix[:MAX_MEMBER_NAME]),
+                    expected="name.mp4, .jpg, .png, .npy, .npz, .json or .txt, with the key at most "
+                    f"{MAX_MEMBER_NAME} characters",
                 )
-            assert isinstance(content, bytes)
+            assert isinstance(content, bytes), f"{suffix} is {type(content).__name__}"
         self._keys.add(key)
         self._tar.write({"__key__": key, **members})
 
@@ -100,15 +105,37 @@ class ShardWriter:
         try:
             if kind is None:
                 self._tar.close()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._partial, self.path)
-                sync_directory(self.path.parent)
-                self.sha256, self.bytes = self._hashed.hash.hexdigest(), self._hashed.size
+                self._sink.commit(self._partial, self.path)
+                self.sha256, self.bytes = self._sink.hash.hexdigest(), self._sink.size
         finally:
-            self._file.close()
+            self._sink.discard()
+            self._tar.close()
             self._partial.unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """What a tar stream writes into: hashes what goes through, and becomes a sink once it is discarded."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        if not self.file.closed:
+            self.hash.update(content)
+            self.size += len(content)
+            self.file.write(content)
+        return len(content)
+
+    def commit(self, partial: Path, final: Path) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(partial, final)
+        sync_directory(final.parent)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk fails the last flush of what is thrown away anyway
+            self.file.close()
 
 
 def check_key(key: str) -> None:
@@ -140,20 +167,6 @@ class EpisodeArrays:
     meta: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Member:
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A verified shard: who it was, and where its members lie."""
-
-    fingerprint: tuple[int, int, int]
-    members: dict[str, dict[str, _Member]]
-
-
 class ShardDataset:
     """Verified random access to the episodes of a dataset directory.
 
@@ -163,7 +176,7 @@ class ShardDataset:
     def __init__(self, directory: Path, manifest: Manifest, verify: bool) -> None:
         self.directory, self.manifest, self._verify = directory, manifest, verify
         self._place = {sample.key: (shard, sample) for shard in manifest.shards for sample in shard.samples}
-        self._opened: dict[str, _Opened] = {}
+        self._opened: dict[str, OpenShard] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -177,14 +190,10 @@ class ShardDataset:
         for shard in dataset.manifest.shards:
             try:
                 size = (directory / shard.file).stat().st_size
-            except FileNotFoundError:
-                raise DataError(
-                    f"shard {shard.file} is missing",
-                    where=directory,
-                    fix="copy it again or run vidworld shard",
-                ) from None
+            except OSError as error:
+                raise unreadable(shard, directory, error) from None
             if size != shard.bytes:
-                raise _damaged(shard, directory, f"{size} bytes", f"{shard.bytes} bytes")
+                raise damaged(shard, directory, f"{size} bytes", f"{shard.bytes} bytes")
         return dataset
 
     def __getstate__(self) -> tuple[Path, Manifest, bool]:
@@ -194,7 +203,7 @@ class ShardDataset:
         self.__init__(*state)
 
     def sample(self, key: str) -> Sample:
-        """What the manifest says of a sample."""
+        """What the manifest says of a sample. Raises DataError for an unknown key."""
         return self._locate(key)[1]
 
     def read(self, key: str) -> EpisodeArrays:
@@ -213,7 +222,7 @@ class ShardDataset:
                 got=f"frames {start} to {start + length}",
                 expected=f"within 0 to {sample.frames}",
             )
-        with _Reader(self.directory, shard, sample, self._open(shard)) as reader:
+        with MemberReader(self.directory, shard, sample, self._open(shard)) as reader:
             contract = self.manifest.contract(sample.embodiment)
             rows = slice(start, start + length)
 
@@ -237,15 +246,16 @@ class ShardDataset:
 
     def verify_shard(self, shard: Shard) -> None:
         """Check one shard now, checksum included."""
-        _open_shard(self.directory, shard, self.manifest, verify=True)
+        open_shard(self.directory, shard, self._suffixes(), verify=True)
 
-    def _video(self, reader: "_Reader", rows: slice) -> dict[str, np.ndarray]:
-        size = (self.manifest.height, self.manifest.width)
+    def _video(self, reader: MemberReader, rows: slice) -> dict[str, np.ndarray]:
+        size, total = (self.manifest.height, self.manifest.width), reader.sample.frames
         videos = {}
         for view in self.manifest.views:
             suffix = video_member(view)
             try:
-                frames = decode_video(reader.content(suffix), rows.start, rows.stop - rows.start)
+                content = reader.content(suffix)
+                frames = decode_video(content, rows.start, rows.stop - rows.start, num_frames=total)
             except DataError as error:
                 raise reader.bad(suffix, str(error), "a readable video") from None
             if frames.shape[1:3] != size:
@@ -253,7 +263,7 @@ class ShardDataset:
             videos[view] = frames
         return videos
 
-    def _latents(self, reader: "_Reader", rows: slice) -> dict[str, np.ndarray]:
+    def _latents(self, reader: MemberReader, rows: slice) -> dict[str, np.ndarray]:
         tokenizer = self.manifest.tokenizer
         assert tokenizer is not None
         stride, space = int(tokenizer.get("time_stride", 1)), int(tokenizer["spatial_stride"])
@@ -270,186 +280,22 @@ class ShardDataset:
             view: reader.rows(latents_member(view), rows, shape, ("float16",)) for view in self.manifest.views
         }
 
+    def _suffixes(self) -> list[str]:
+        member = video_member if self.manifest.kind == "video" else latents_member
+        return [*TABLES, *(member(view) for view in self.manifest.views)]
+
     def _locate(self, key: str) -> tuple[Shard, Sample]:
         try:
             return self._place[key]
         except KeyError:
             raise DataError(f"no sample {key!r}", where=self.directory) from None
 
-    def _open(self, shard: Shard) -> _Opened:
+    def _open(self, shard: Shard) -> OpenShard:
         opened = self._opened.get(shard.file)
         if opened is None:
             with self._lock:
                 opened = self._opened.get(shard.file)
                 if opened is None:
-                    opened = _open_shard(self.directory, shard, self.manifest, self._verify)
+                    opened = open_shard(self.directory, shard, self._suffixes(), verify=self._verify)
                     self._opened[shard.file] = opened
         return opened
-
-
-def _open_shard(directory: Path, shard: Shard, manifest: Manifest, verify: bool) -> _Opened:
-    """Check a shard's size, checksum and members, and index it."""
-    try:
-        with open(directory / shard.file, "rb") as file:
-            fingerprint = _fingerprint(file.fileno())
-            if fingerprint[0] != shard.bytes:
-                raise _damaged(shard, directory, f"{fingerprint[0]} bytes", f"{shard.bytes} bytes")
-            if verify:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != shard.sha256:
-                    raise _damaged(shard, directory, f"sha256 {found[:12]}", shard.sha256[:12])
-                file.seek(0)
-            members = _index(file, shard, directory)
-    except OSError as error:
-        raise DataError(f"cannot read shard {shard.file}", where=directory, got=error.strerror) from None
-    suffixes = {"actions.npy", "proprio.npy", "timestamps.npy", "meta.json"}
-    member = video_member if manifest.kind == "video" else latents_member
-    suffixes.update(member(view) for view in manifest.views)
-    expected = [sample.key for sample in shard.samples]
-    if list(members) != expected:
-        raise _damaged(
-            shard,
-            directory,
-            f"{len(members)} samples ({_brief(members)})",
-            f"{len(expected)} ({_brief(expected)})",
-        )
-    for key, present in members.items():
-        if missing := suffixes - present.keys():
-            raise _damaged(shard, directory, f"sample {key!r} without {', '.join(sorted(missing))}", "it")
-    return _Opened(fingerprint, members)
-
-
-def _index(file: io.BufferedReader, shard: Shard, directory: Path) -> dict[str, dict[str, _Member]]:
-    """Key -> suffix -> place, from the tar headers; samples must lie in one piece."""
-    members: dict[str, dict[str, _Member]] = {}
-    current = ""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for entry in tar:
-                key, _, suffix = entry.name.partition(".")
-                if (
-                    not entry.isreg()
-                    or not NAME_PATTERN.fullmatch(key)
-                    or not MEMBER_PATTERN.fullmatch(suffix)
-                ):
-                    raise _damaged(
-                        shard, directory, f"member {entry.name!r}", "KEY.name.mp4, .npy, .json ..."
-                    )
-                if entry.size > MAX_MEMBER_BYTES:
-                    raise _damaged(shard, directory, f"member of {entry.size} bytes", f"{MAX_MEMBER_BYTES}")
-                if key != current and key in members:
-                    raise _damaged(shard, directory, f"sample {key!r} in two pieces", "samples in one piece")
-                current = key
-                if suffix in members.setdefault(key, {}):
-                    raise _damaged(shard, directory, f"member {entry.name!r} twice", "once")
-                members[key][suffix] = _Member(entry.offset_data, entry.size)
-    except tarfile.TarError as error:
-        raise _damaged(shard, directory, str(error), "a readable tar") from None
-    return members
-
-
-class _Reader:
-    """Members of one sample of an opened shard, read by position."""
-
-    def __init__(self, directory: Path, shard: Shard, sample: Sample, opened: _Opened) -> None:
-        self.directory, self.shard, self.sample, self.opened = directory, shard, sample, opened
-
-    def __enter__(self) -> "_Reader":
-        with contextlib.ExitStack() as stack:
-            try:
-                self._handle = os.open(self.directory / self.shard.file, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(
-                    f"cannot read shard {self.shard.file}", where=self.directory, got=error.strerror
-                ) from None
-            stack.callback(os.close, self._handle)
-            if _fingerprint(self._handle) != self.opened.fingerprint:
-                raise DataError(f"shard {self.shard.file} changed while it was in use", where=self.directory)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def content(self, suffix: str) -> bytes:
-        """A whole member."""
-        member = self._member(suffix)
-        return self._pread(suffix, member.offset, member.size)
-
-    def json(self, suffix: str) -> dict[str, Any]:
-        """A JSON mapping."""
-        try:
-            loaded = json.loads(self.content(suffix))
-        except ValueError as error:
-            raise self.bad(suffix, str(error), "valid JSON") from None
-        if not isinstance(loaded, dict):
-            raise self.bad(suffix, type(loaded).__name__, "a mapping")
-        return loaded
-
-    def rows(self, suffix: str, rows: slice, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> np.ndarray:
-        """Rows of a `.npy` of known shape and dtype, reading no others."""
-        member = self._member(suffix)
-        head = io.BytesIO(self._pread(suffix, member.offset, min(member.size, 4096)))
-        try:
-            version = np.lib.format.read_magic(head)
-            read_header = np.lib.format.read_array_header_1_0
-            found_shape, fortran, dtype = (
-                read_header(head) if version == (1, 0) else ((), True, np.dtype("O"))
-            )
-        except ValueError as error:
-            raise self.bad(suffix, str(error), "a npy file") from None
-        if found_shape != shape or fortran or dtype.name not in dtypes or not dtype.isnative:
-            raise self.bad(suffix, f"{dtype} {found_shape}", f"{' or '.join(dtypes)} {shape}, C order")
-        row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-        if head.tell() + shape[0] * row_bytes != member.size:
-            raise self.bad(suffix, f"{member.size} bytes", f"{head.tell() + shape[0] * row_bytes} bytes")
-        count = rows.stop - rows.start
-        content = self._pread(suffix, member.offset + head.tell() + rows.start * row_bytes, count * row_bytes)
-        return np.frombuffer(bytearray(content), dtype).reshape(count, *shape[1:])
-
-    def bad(self, suffix: str, got: str, expected: str) -> DataError:
-        """An error that names the member."""
-        return DataError(
-            f"{self.sample.key}.{suffix}", where=self.directory / self.shard.file, got=got, expected=expected
-        )
-
-    def _member(self, suffix: str) -> _Member:
-        return self.opened.members[self.sample.key][suffix]
-
-    def _pread(self, suffix: str, offset: int, size: int) -> bytes:
-        content = os.pread(self._handle, size, offset)
-        if len(content) != size:
-            raise self.bad(suffix, f"{len(content)} bytes", f"{size} bytes")
-        return content
-
-
-class _HashedFile:
-    """A file for writing only that hashes what goes through."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, content: bytes) -> int:
-        self.hash.update(content)
-        self.size += len(content)
-        return self.file.write(content)
-
-
-def _fingerprint(handle: int) -> tuple[int, int, int]:
-    status = os.fstat(handle)
-    return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _damaged(shard: Shard, directory: Path, got: str, expected: str) -> DataError:
-    return DataError(
-        f"shard {shard.file} is damaged",
-        where=directory,
-        got=got,
-        expected=expected,
-        fix="copy it again or run vidworld shard",
-    )
-
-
-def _brief(keys: Any) -> str:
-    text = ", ".join(keys)
-    return text if len(text) <= 60 else f"{text[:57]}..."
