@@ -78,8 +78,8 @@ def build_engine(
 
     Raises ConfigError for a strategy or precision that cannot work here.
     """
-    if config.precision == "bf16" and not _has_accelerator():
-        raise ConfigError("engine.precision", got="bf16", expected="auto or fp32 on a CPU")
+    if config.precision == "bf16" and config.strategy != "ddp" and not _has_accelerator():
+        raise ConfigError("engine.precision", got="bf16", expected="auto or fp32 under ZeRO on a CPU")
     match config.strategy:
         case "ddp":
             return PlainEngine(task, config, optim, matrices)
@@ -123,7 +123,7 @@ class PlainEngine:
         self.module: nn.Module = self.accelerator.prepare(task)
         # After the move: the optimizers must hold the parameters that are trained.
         self.optimizers = build_optimizers(self.names, optim, matrices)
-        self.autocast = _autocast(config, self.device)
+        self.autocast = autocast_of(config, self.device)
 
     def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
         """Accumulate `share` of this micro-batch's gradient; ranks are joined at the last one."""
@@ -312,10 +312,16 @@ def _has_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def uses_compile(config: EngineConfig) -> bool:
+    """Whether the task's parts are compiled here."""
+    return config.compile == "on" or (config.compile == "auto" and _has_accelerator())
+
+
 def _uses_bf16(config: EngineConfig) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and _has_accelerator())
 
 
-def _autocast(config: EngineConfig, device: torch.device) -> Callable[[], torch.autocast]:
+def autocast_of(config: EngineConfig, device: torch.device) -> Callable[[], torch.autocast]:
+    """Makes the context in which the task runs; one that does nothing in float32."""
     enabled = _uses_bf16(config)
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)

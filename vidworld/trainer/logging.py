@@ -93,6 +93,17 @@ class RunLog:
             self._bar.set_postfix({name: _brief(row[name]) for name in shown if name in row}, refresh=False)
         self._to_wandb(row)
 
+    def drop_after(self, step: int) -> None:
+        """Forget rows of steps that a resumed run will do again, and a line that a killed one left torn."""
+        if self._file is None:
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        self._file.close()
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
         if self.active:
@@ -123,6 +134,14 @@ class RunLog:
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
         if not _never_fatal(lambda: run.log(scalars, step=scalars.get("step")), "log"):
             self._wandb = None
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; infinite for a line that is no row."""
+    try:
+        return json.loads(line).get("step", 0)
+    except (json.JSONDecodeError, AttributeError):
+        return math.inf
 
 
 def _start_wandb(mode: WandbMode, directory: Path, config: Mapping[str, Any]) -> Any:

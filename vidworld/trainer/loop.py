@@ -66,12 +66,13 @@ class Feed:
 
 @dataclass(frozen=True)
 class Look:
-    """Something done every so many steps with the averaged weights: validation, samples, the alarm.
+    """Something done with the averaged weights: validation, samples, the alarm.
 
     It runs on the first rank alone while the others wait, and gives values for the log.
     """
 
     every: int
+    """Steps between two; the end of a run is looked at in any case, and 0 leaves it at that."""
     call: Callable[[int, Any], Mapping[str, Any]]
     """(step, the task with EMA weights) -> values."""
 
@@ -96,7 +97,7 @@ class Loop:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.task, self.feed, self.engine, self.optim, self.config = task, feed, engine, optim, config
-        self.seed, self.accumulation, self.log, self.looks = seed, accumulation, log, looks
+        self.seed, self.accumulation, self.log, self.looks = seed, accumulation, log, list(looks)
         self.identity = dict(identity or {})
         self.ema = ema
         ema.module.to(engine.device)
@@ -136,6 +137,8 @@ class Loop:
                     if stopping and not self.clock.finished:
                         self.save()
                         raise PreemptedError(self._farewell(stop))
+            if self.saved_step != self.clock.step:
+                self._look(self.looks)
             self.save()
         finally:
             agreement.close()
@@ -166,8 +169,8 @@ class Loop:
         step = self.clock.step
         if step % self.config.log_every == 0 or self.clock.finished:
             self._log_line()
-        if any(self._due(look.every) for look in self.looks):
-            self._look()
+        if due := [look for look in self.looks if self._due(look.every)]:
+            self._look(due)
         if self._due(self.config.save_every):
             self.save()
 
@@ -285,12 +288,12 @@ class Loop:
                 "(all in metrics.jsonl). Weights were not touched: lower optim.lr, or look at these clips"
             )
 
-    def _look(self) -> None:
+    def _look(self, looks: Sequence[Look]) -> None:
+        """Log what the looks give; the time they take is not the steps'."""
         if self.engine.rank == 0:
             row: dict[str, Any] = {"step": self.clock.step}
-            for look in self.looks:
-                if self._due(look.every):
-                    row |= look.call(self.clock.step, self.ema.module)
+            for look in looks:
+                row |= look.call(self.clock.step, self.ema.module)
             self.log.write(row)
         self.engine.barrier()
         self._since = time.perf_counter()

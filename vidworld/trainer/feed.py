@@ -1,0 +1,100 @@
+"""Micro-batches for the loop: the loader's, and optionally long clips between short ones."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vidworld.data.loader import LoaderConfig, make_loader
+from vidworld.data.order import OrderKey
+from vidworld.data.shards import ShardDataset
+from vidworld.errors import ConfigError, DataError
+from vidworld.trainer.loop import Feed
+from vidworld.types import Batch
+
+
+def clip_feed(
+    dataset: ShardDataset,
+    config: LoaderConfig,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    long_clip_frames: int = 0,
+    long_clip_fraction: float = 0.0,
+) -> Feed:
+    """The training split in batches; each kind of clip has an order of its own, a pure function of the step.
+
+    With long clips, step s reads them when floor((s + 1) f) > floor(s f), and then as many clips fewer as
+    they are longer. Raises DataError and ConfigError as `make_loader` does.
+    """
+    layout = {"rank": rank, "world_size": world_size, "accumulation": accumulation}
+    configs = {"short": config}
+    if long_clip_fraction:
+        configs["long"] = _long(config, long_clip_frames, world_size * accumulation)
+
+    def kind_steps(step: int) -> dict[str, int]:
+        """Steps of each kind among the first `step`."""
+        long = math.floor(step * long_clip_fraction + 1e-9)
+        return {"short": step - long, "long": long}
+
+    def open_at(step: int) -> Iterator[Batch]:
+        done = kind_steps(step)
+        streams = {
+            kind: iter(make_loader(dataset, "train", one, seed=seed, start_step=done[kind], **layout))
+            for kind, one in configs.items()
+        }
+        while True:
+            step += 1
+            now = kind_steps(step)
+            kind = "long" if now["long"] > done["long"] else "short"
+            done = now
+            for _ in range(accumulation):
+                yield next(streams[kind])
+
+    keys = {
+        kind: make_loader(dataset, "train", dataclasses.replace(one, workers=0), seed=seed, **layout).key(0)
+        for kind, one in configs.items()
+    }
+
+    def order(step: int) -> Mapping[str, Any]:
+        done = kind_steps(step)
+        return {kind: key.at(done[kind]).to_mapping() for kind, key in keys.items()}
+
+    def require_same(stored: Mapping[str, Any], where: object) -> None:
+        if stored.keys() != keys.keys():
+            raise DataError(
+                "kinds of clips in the sample order",
+                where=where,
+                got=", ".join(keys),
+                expected=", ".join(stored),
+                fix="give back long_clip_fraction, or start a new run",
+            )
+        for kind, key in keys.items():
+            OrderKey.from_mapping(stored[kind], where).require_equal(key, where=where)
+
+    return Feed(open_at, order, require_same)
+
+
+def clip_batches(dataset: ShardDataset, split: str, config: LoaderConfig, count: int) -> list[Batch]:
+    """The first `count` batches of a split, kept in memory: the same in every run on these data."""
+    config = dataclasses.replace(config, workers=0, cache_gb=0)
+    return list(make_loader(dataset, split, config, seed=0, num_steps=count))
+
+
+def _long(config: LoaderConfig, frames: int, parts: int) -> LoaderConfig:
+    """Settings of long clips: about as many frames a batch, in whole micro-batches."""
+    if frames <= config.clip_frames:
+        raise ConfigError("long_clip_frames", got=frames, expected=f"more than {config.clip_frames}")
+    clips = max(1, round(config.batch_size * config.clip_frames / frames / parts)) * parts
+    return dataclasses.replace(config, clip_frames=frames, batch_size=clips)
+
+
+def open_dataset(path: Path, kind: str) -> ShardDataset:
+    """Open a dataset and refuse one of another kind."""
+    dataset = ShardDataset.open(path)
+    if dataset.manifest.kind != kind:
+        raise DataError("kind of dataset", where=path, got=dataset.manifest.kind, expected=kind)
+    return dataset

@@ -1,0 +1,194 @@
+"""What is seen of a run while it trains: validation loss, the action-faithfulness alarm, sample clips.
+
+All with the averaged weights, on batches and episodes that stay the same, so that numbers compare.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vidworld import media
+from vidworld.data.shards import ShardDataset
+from vidworld.errors import VidworldError
+from vidworld.tokenizers.base import Tokenizer, to_pixels
+from vidworld.trainer.config import LookConfig
+from vidworld.trainer.loop import noise_generator
+from vidworld.trainer.tasks import Moment, Task, TokenizerTask, WorldTask, pixels
+from vidworld.types import Batch
+from vidworld.world.faithfulness import action_faithfulness
+from vidworld.world.prompt import Prompt
+from vidworld.world.spec import WorldSpec
+from vidworld.world.world import WorldModel
+
+SHOWN = ("ratio_shuffled", "ratio_zero", "ratio_shifted")
+PICTURES = 8
+
+
+class Validation:
+    """Mean losses over held-out batches; before the bootstrap, so that they mean the same all run long."""
+
+    def __init__(self, batches: Sequence[Batch], autocast: Callable[[], torch.autocast]) -> None:
+        self.batches, self.autocast = batches, autocast
+
+    @torch.no_grad()
+    def __call__(self, step: int, task: Task[Any]) -> Mapping[str, Any]:
+        """Values named `val_...`."""
+        device = next(task.parameters()).device
+        sums: dict[str, float] = {}
+        for number, batch in enumerate(self.batches):
+            with self.autocast():
+                losses = task(batch.to(device), noise_generator(0, 0, number, device), Moment())
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(self.batches)
+        return {f"val_{name}": value for name, value in sums.items() if name != "bootstrap"}
+
+
+class FaithfulnessAlarm:
+    """Compares the loss under true and wrong actions, and warns when the model does not seem to listen."""
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        spec: WorldSpec,
+        config: LookConfig,
+        progress: Callable[[], float],
+        say: Callable[[str], None],
+        autocast: Callable[[], torch.autocast],
+    ) -> None:
+        self.batches, self.spec, self.config = batches, spec, config
+        self.progress, self.say, self.autocast = progress, say, autocast
+
+    @torch.no_grad()
+    def __call__(self, step: int, task: WorldTask) -> Mapping[str, Any]:
+        """Values named `faithful_...`; ratios of about 1 mean that the actions are ignored."""
+        device = next(task.parameters()).device
+        sums: dict[str, float] = {}
+        for number, batch in enumerate(self.batches):
+            batch = batch.to(device)
+            with self.autocast():
+                found = action_faithfulness(
+                    task.net,
+                    task.normalizer,
+                    task.clean(batch),
+                    batch.actions_BTA,
+                    batch.embodiment_B,
+                    seed=number,
+                    context_noise=self.spec.sampler.context_noise,
+                    finest_steps=self.spec.sampler.finest_steps,
+                )
+            for name in SHOWN:
+                sums[name] = sums.get(name, 0.0) + found[name] / len(self.batches)
+        shuffled = sums["ratio_shuffled"]
+        if shuffled < self.config.alarm_ratio and self.progress() >= self.config.alarm_after:
+            self.say(
+                f"warning: step {step}: shuffled actions cost only {shuffled:.3f} x the loss of true ones "
+                f"(below {self.config.alarm_ratio:g}): the model hardly listens to its actions. Look at the "
+                "actions' units and timing with `vidworld inspect`, and at how varied they are"
+            )
+        return {f"faithful_{name}": value for name, value in sums.items()}
+
+
+class WorldSamples:
+    """Imagines held-out episodes from their first frames and writes truth beside model as mp4."""
+
+    def __init__(
+        self, dataset: ShardDataset, tokenizer: Tokenizer, spec: WorldSpec, config: LookConfig, out: Path
+    ) -> None:
+        self.dataset, self.tokenizer, self.spec, self.config, self.out = dataset, tokenizer, spec, config, out
+        k = spec.frames_per_step
+        self.prompt_frames = 1 + (config.prompt_frames - 1) // k * k
+        manifest = dataset.manifest
+        samples = manifest.samples("val") or manifest.samples("train")
+        needed = self.prompt_frames + k
+        self.keys = [sample.key for sample in samples if sample.frames >= needed][: config.sample_episodes]
+
+    @torch.no_grad()
+    def __call__(self, step: int, task: WorldTask) -> Mapping[str, Any]:
+        """Writes `samples/step-<step>-<key>.mp4` and gives "sample_psnr", the mean over imagined frames."""
+        # Straight from the trained parts: only the weights differ from look to look.
+        world = WorldModel(self.spec, task.net, task.normalizer, self.tokenizer)
+        psnrs = []
+        for key in self.keys:
+            try:
+                truth_TVHWC, model_TVHWC = self._imagine(world, key)
+            except VidworldError as error:  # a model that is still wild must not stop its training
+                warnings.warn(f"no sample of episode {key!r}: {error}", stacklevel=2)
+                continue
+            start = self.prompt_frames
+            psnrs.append(_psnr(truth_TVHWC[start:], model_TVHWC[start:]))
+            views = range(truth_TVHWC.shape[1])
+            videos = [video[:, view] for view in views for video in (truth_TVHWC, model_TVHWC)]
+            labels = [f"{who} {self.spec.views[view]}" for view in views for who in ("truth", "model")]
+            media.write_mp4(
+                self.out / f"step-{step:08d}-{key}.mp4",
+                media.grid(videos, columns=2, labels=labels),
+                self.spec.fps,
+            )
+        return {"sample_psnr": float(np.mean(psnrs))} if psnrs else {}
+
+    def _imagine(self, world: WorldModel, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Truth and model [T, V, H, W, 3] uint8, the prompt's frames first in both."""
+        k, start = self.spec.frames_per_step, self.prompt_frames
+        length = self.dataset.sample(key).frames
+        horizon = min(self.config.horizon, length - start) // k * k
+        clip = self.dataset.read_clip(key, 0, start + horizon)
+        truth_TVHWC = self._truth(world, clip.video, clip.latents)
+        prompt = Prompt(
+            truth_TVHWC[:start],
+            proprio=clip.proprio_TS[:start],
+            actions=clip.actions_TA[: start - 1],
+            embodiment=self.dataset.sample(key).embodiment,
+        )
+        state = world.reset(prompt, allow_out_of_range=True)
+        actions_TA = clip.actions_TA[start - 1 : start - 1 + horizon]
+        rollout = world.rollout(state, actions_TA, allow_out_of_range=True)
+        assert rollout.video_BTVHWC is not None
+        imagined_TVHWC = rollout.video_BTVHWC[0].cpu().numpy()
+        return truth_TVHWC, np.concatenate([truth_TVHWC[:start], imagined_TVHWC])
+
+    def _truth(
+        self,
+        world: WorldModel,
+        video: Mapping[str, np.ndarray] | None,
+        latents: Mapping[str, np.ndarray] | None,
+    ) -> np.ndarray:
+        """The recorded frames, or the tokenizer's view of them where only latents are at hand."""
+        if video is not None:
+            return np.stack([video[view] for view in self.spec.views], 1)
+        assert latents is not None
+        stacked_TVChw = np.stack([latents[view] for view in self.spec.views], 1)
+        decoded_BTVCHW = world.decode(torch.from_numpy(stacked_TVChw).float().to(world.device)[None])
+        return to_pixels(decoded_BTVCHW[0]).movedim(-3, -1).cpu().numpy()
+
+
+class TokenizerSamples:
+    """Writes held-out frames beside their reconstructions as one PNG."""
+
+    def __init__(self, batches: Sequence[Batch], out: Path, autocast: Callable[[], torch.autocast]) -> None:
+        self.batch, self.out, self.autocast = batches[0], out, autocast
+
+    @torch.no_grad()
+    def __call__(self, step: int, task: TokenizerTask) -> Mapping[str, Any]:
+        """Writes `samples/step-<step>.png`."""
+        video_NTCHW = pixels(self.batch)[:PICTURES, :1].to(next(task.parameters()).device)
+        with self.autocast():
+            decoded_NTCHW = task.net.decode_raw(task.net.encode_raw(video_NTCHW))
+        rows = {
+            name: to_pixels(tensor_NTCHW[:, 0].float()).movedim(1, -1).cpu().numpy()
+            for name, tensor_NTCHW in (("frames", video_NTCHW), ("tokenizer", decoded_NTCHW))
+        }
+        count = len(rows["frames"])
+        image = media.strip(rows, range(count))
+        media.write_png(self.out / f"step-{step:08d}.png", image)
+        return {}
+
+
+def _psnr(truth: np.ndarray, model: np.ndarray) -> float:
+    """PSNR in dB of uint8 videos, mean over frames."""
+    squared = (truth.astype(np.float64) - model) ** 2
+    per_frame = squared.reshape(len(squared), -1).mean(1)
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(per_frame, 1e-3))))
