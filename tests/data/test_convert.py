@@ -14,7 +14,7 @@ from vidworld.data.manifest import Manifest
 from vidworld.data.shards import ShardDataset, ShardWriter
 from vidworld.data.sources.base import SimulatedSource, video_of
 from vidworld.data.staging import locked
-from vidworld.errors import ConfigError, DataError
+from vidworld.errors import ConfigError, DataError, VidworldError
 from vidworld.types import EmbodimentSpec, Episode
 
 ARM = EmbodimentSpec(
@@ -420,3 +420,10 @@ def test_a_source_that_cannot_travel_needs_one_worker(tmp_path):
 def test_conversion_does_not_import_torch():
     program = "import sys, vidworld.data.convert; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_worker_that_dies_is_named(tmp_path):
+    """`exec` stands in for a source that takes the whole process down; it pickles, as a lambda would not."""
+    deadly = SimulatedSource("toy", (ARM,), VIEWS, 10, ("import os; os._exit(9)", "pass"), exec)
+    with pytest.raises(VidworldError, match=r"a worker process died: out of memory .*run again to continue"):
+        convert(deadly, options(tmp_path / "d", workers=2))

@@ -166,6 +166,14 @@ def test_killed_and_run_again_gives_the_same_bytes(lerobot_v2, tmp_path, moments
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def freeze_when_writing(running: subprocess.Popen[str], out: Path) -> None:
+    """Stop a process after its first shard, so that what follows happens in the middle of its work."""
+    while running.poll() is None and not list(out.glob(".partial/train-*.json")):
+        time.sleep(0.002)
+    running.send_signal(signal.SIGSTOP)
+    assert not (out / "manifest.json").exists(), "frozen too late to tell"
+
+
 def alive(group: int) -> bool:
     """Whether any process of a group is left."""
     try:
@@ -176,11 +184,11 @@ def alive(group: int) -> bool:
 
 
 def test_interrupt_ends_cleanly(lerobot_v2, tmp_path):
-    logs, out = many(lerobot_v2, 60), tmp_path / "d"
+    logs, out = many(lerobot_v2, 80), tmp_path / "d"
     running = process(logs, out, "--workers", 2, "--episodes-per-shard", 2)
-    while running.poll() is None and not list(out.glob(".partial/train-*.json")):
-        time.sleep(0.005)
+    freeze_when_writing(running, out)
     os.killpg(running.pid, signal.SIGINT)
+    running.send_signal(signal.SIGCONT)
     _, error = running.communicate(timeout=30)
     assert running.returncode == 130
     assert "interrupted" in error
@@ -201,8 +209,7 @@ def test_full_disk_is_one_line(lerobot_v2, tmp_path):
 def test_second_converter_is_refused(lerobot_v2, tmp_path, capsys):
     logs, out = many(lerobot_v2, 60), tmp_path / "d"
     running = process(logs, out, "--workers", 1, "--episodes-per-shard", 2)
-    while running.poll() is None and not list(out.glob(".partial/train-*.json")):
-        time.sleep(0.005)
+    freeze_when_writing(running, out)
     assert shard(logs, out, *ALONE, "--episodes-per-shard", 2) == 2
     assert "another conversion is writing here" in capsys.readouterr().err
     running.kill()
