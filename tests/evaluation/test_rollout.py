@@ -1,10 +1,11 @@
 """`vidworld rollout`: what it writes, that it repeats, and that bad input ends in one line and code 2."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vidworld import cli, media
 from vidworld.contract import ActionContract, Dimension, Statistics
@@ -177,7 +178,10 @@ def test_bad_actions_end_in_one_line(rollout, tmp_path, capsys, arguments, messa
 
 
 def bomb(path):
-    Image.new("1", (20_000, 20_000)).save(path / "bomb.png")
+    # Only the header is needed: it must be refused before anything is decoded.
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT")
     return [str(path / "bomb.png")]
 
 

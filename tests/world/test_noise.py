@@ -6,10 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from vidworld.model.inputs import FrameShape
 from vidworld.world import noise
-from vidworld.world.noise import MASK, Purpose, fork_ids, normal, philox
+from vidworld.world.noise import (
+    CONTEXT,
+    MASK,
+    START,
+    NoiseStream,
+    Purpose,
+    Request,
+    fork_ids,
+    normals,
+    philox,
+)
 
 SHAPE = (2, 16, 6, 7)
+
+
+def normal(seed, ids, frame, purpose, shape, **options):
+    return normals(seed, ids, [Request(frame, purpose, shape)], **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +69,22 @@ def test_an_element_does_not_depend_on_the_shape_around_it():
     ids = torch.arange(3)
     small, large = (normal(1, ids, 0, Purpose.PROPRIO, (size,)) for size in (7, 1001))
     assert torch.equal(small, large[:, :7])
+
+
+def test_nor_on_what_else_is_asked_for():
+    ids = torch.tensor([3, 2**40])
+    requests = [
+        Request(5, Purpose.LATENTS, (3, 7)),
+        Request(0, Purpose.MODEL, ()),
+        Request(9, Purpose.FORK, (2,)),
+    ]
+    for request, drawn in zip(requests, normals(1, ids, requests), strict=True):
+        assert torch.equal(drawn, normal(1, ids, *request))
+        assert drawn.shape == (2, *request.shape)
+    shape = FrameShape(2, 3, 4, 5, 6, 7)
+    start, context = NoiseStream(1, ids).frames(shape, [4, 8], START, CONTEXT)
+    assert torch.equal(start.latents_BTVChw[:, 1], normal(1, ids, 8, Purpose.LATENTS, (2, 3, 4, 5)))
+    assert torch.equal(context.proprio_BTS[:, 0], normal(1, ids, 4, Purpose.CONTEXT_PROPRIO, (6,)))
 
 
 def test_every_part_of_the_stream_name_changes_the_noise():

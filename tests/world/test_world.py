@@ -10,7 +10,7 @@ from vidworld.errors import CheckpointError, ConfigError, ContractError, DataErr
 from vidworld.model.inputs import Conditioning, Streams
 from vidworld.model.two_stream import CONTEXT_STEP
 from vidworld.types import Frames, SignalLevel
-from vidworld.world.noise import NoiseStream, Purpose
+from vidworld.world.noise import CONTEXT, START, NoiseStream
 from vidworld.world.state import WorldState
 from vidworld.world.world import RolloutDivergedError
 
@@ -126,8 +126,8 @@ def window_of(world, frames: Frames, numbers: range, actions_BTkA, state: WorldS
     sampler, shape = world.spec.sampler, world.spec.shape
     level_BT = torch.full(frames.proprio_BTS.shape[:2], 1 - sampler.context_noise)
     level_BT[:, -1] = 0
-    noise = stream.frames(shape, numbers, Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
-    last = stream.frames(shape, numbers[-1:], Purpose.LATENTS, Purpose.PROPRIO)
+    (noise,) = stream.frames(shape, numbers, CONTEXT)
+    (last,) = stream.frames(shape, numbers[-1:], START)
     z = frames.map(
         lambda x, eps, own: torch.cat(
             [(1 - sampler.context_noise) * x[:, :-1] + sampler.context_noise * eps[:, :-1], own], 1
@@ -254,7 +254,7 @@ def test_the_model_is_told_the_context_level_honestly(world, prompt):
     clean = world.encode(torch.tensor(known.frames)[None])
     noise = (frames.latents_BTVChw - 0.75 * clean) / 0.25
     stream = NoiseStream(0, torch.arange(1))
-    expected = stream.frames(world.spec.shape, range(3), Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
+    (expected,) = stream.frames(world.spec.shape, range(3), CONTEXT)
     torch.testing.assert_close(noise, expected.latents_BTVChw, **CLOSE)
 
 

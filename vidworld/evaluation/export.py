@@ -58,7 +58,8 @@ def export(run: Path, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> 
         name: tensor.to(precision if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
         for name, tensor in world.model.state_dict().items()
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "vidworld": __version__})
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     world.spec.write(folder)
     (folder / "tokenizer").mkdir()
     for path in sorted(files.tokenizer.iterdir()):

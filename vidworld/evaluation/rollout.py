@@ -44,6 +44,7 @@ DEFAULT_FRAMES = 48
 STRIP_COLUMNS = 8
 STRIP_SAMPLES = 4
 GRID_SAMPLES = 15
+SWEEP_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -239,17 +240,32 @@ def _write_videos(
         recorded["recorded"] = np.concatenate([context_THWC, _side_by_side(truth.frames_TVHWC)])
     gridded = recorded | dict(samples[:GRID_SAMPLES])
     media.write_mp4(folder / "grid.mp4", media.grid(list(gridded.values()), labels=list(gridded)), spec.fps)
-    last, total = len(context_THWC) - 1, video_NTVHWC.shape[1]
-    steps = sorted({round(step) for step in np.linspace(1, total, min(STRIP_COLUMNS, total))})
-    labels = [f"+{step / spec.fps:.1f} s" for step in steps]
+    last = len(context_THWC) - 1
     if actions.labels:
-        labels = [f"{actions.labels[step - 1]}" for step in steps]
-    strip = media.strip(
-        recorded | dict(samples[:STRIP_SAMPLES]),
-        [last, *(last + step for step in steps)],
-        labels=["prompt", *labels],
-    )
-    media.write_png(folder / "strip.png", strip)
+        picture = _sweep_strip(samples[0][1][last:], actions.labels, spec.fps)
+    else:
+        picture = _strip(recorded | dict(samples[:STRIP_SAMPLES]), last, video_NTVHWC.shape[1], spec.fps)
+    media.write_png(folder / "strip.png", picture)
+
+
+def _strip(rows: dict[str, np.ndarray], last: int, total: int, fps: float) -> np.ndarray:
+    """A row for each sample: the last known frame (index `last`), then imagined ones."""
+    steps = sorted({round(step) for step in np.linspace(1, total, min(STRIP_COLUMNS, total))})
+    labels = ["prompt", *(f"+{step / fps:.1f} s" for step in steps)]
+    return media.strip(rows, [last, *(last + step for step in steps)], labels=labels)
+
+
+def _sweep_strip(video_THWC: np.ndarray, labels: Sequence[str], fps: float) -> np.ndarray:
+    """A row for each swept dimension, of one sample: what it does from the frame before it moves."""
+    starts: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        starts.setdefault(label, index)
+    length = list(labels).count(labels[0]) if len(starts) == 1 else sorted(starts.values())[1]
+    rows = {
+        label: video_THWC[start : start + length + 1] for label, start in list(starts.items())[:SWEEP_ROWS]
+    }
+    steps = sorted({round(step) for step in np.linspace(0, length, min(STRIP_COLUMNS, length) + 1)})
+    return media.strip(rows, steps, labels=[f"+{step / fps:.1f} s" for step in steps])
 
 
 def _write_proprio(

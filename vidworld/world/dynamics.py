@@ -19,7 +19,7 @@ from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
 from vidworld.model.two_stream import cached_predictor, ingest
 from vidworld.types import Frames, SignalLevel
-from vidworld.world.noise import NoiseStream, Purpose
+from vidworld.world.noise import CONTEXT, START, NoiseStream, Purpose
 from vidworld.world.spec import SamplerConfig
 
 
@@ -37,10 +37,9 @@ def imagine(
     never leave the range that training saw.
     """
     cache = cache.roll(sampler.window - 1, sampler.sink)
-    clean = sample(
-        _predictor(model, cache, conditioning, frame, stream, sampler.guidance), frame, stream, sampler, model
-    )
-    return clean, commit(model, cache, clean, conditioning, [frame], stream, sampler)
+    start, context = stream.frames(model.shape, [frame], START, CONTEXT)
+    clean = sample(_predictor(model, cache, conditioning, frame, stream, sampler.guidance), start, sampler)
+    return clean, commit(model, cache, clean, conditioning, context, sampler)
 
 
 def take_in(
@@ -73,26 +72,22 @@ def take_in(
     frames = [first_frame + index for index in indices]
     if cache is not None:
         cache = cache.roll(room, sampler.sink)
+    start, context = stream.frames(model.shape, frames, START, CONTEXT)
     if has_proprio_B is None:
-        return known[:, -1:], commit(model, cache, known, conditioning, frames, stream, sampler)
+        return known[:, -1:], commit(model, cache, known, conditioning, context, sampler)
     newest = known[:, :1]
     for t, frame in enumerate(frames):
-        one = conditioning.frames(slice(t, t + 1))
-        newest = read_proprio(model, cache, known[:, t : t + 1], has_proprio_B, one, frame, stream, sampler)
-        cache = commit(model, cache, newest, one, [frame], stream, sampler)
+        at = (slice(None), slice(t, t + 1))
+        one = conditioning.frames(at[1])
+        predict = _predictor(model, cache, one, frame, stream, 0.0)
+        newest = read_proprio(predict, known[at], has_proprio_B, start[at], sampler)
+        cache = commit(model, cache, newest, one, context[at], sampler)
     assert cache is not None
     return newest, cache
 
 
 def read_proprio(
-    model: CausalDiT,
-    cache: KVCache | None,
-    known: Frames,
-    has_proprio_B: Tensor,
-    conditioning: Conditioning,
-    frame: int,
-    stream: NoiseStream,
-    sampler: SamplerConfig,
+    predict: Predict, known: Frames, has_proprio_B: Tensor, start: Frames, sampler: SamplerConfig
 ) -> Frames:
     """Sample the unknown proprioception of a frame [B, 1] given its picture.
 
@@ -100,22 +95,18 @@ def read_proprio(
     the known latents as the prediction, z = (1 - tau) eps + tau x at every level, as in training. This is
     replacement conditioning (Song et al. 2021, appendix I.2) on a straight path.
     """
-    predict = _predictor(model, cache, conditioning, frame, stream, 0.0)
     has_proprio_B11 = has_proprio_B[:, None, None]
 
     def held(z: Frames, level: SignalLevel, step_BT: Tensor) -> Frames:
         read_B1S = predict(z, level, step_BT).proprio_BTS
         return Frames(known.latents_BTVChw, torch.where(has_proprio_B11, known.proprio_BTS, read_B1S))
 
-    read_B1S = sample(held, frame, stream, sampler, model).proprio_BTS
+    read_B1S = sample(held, start, sampler).proprio_BTS
     return Frames(known.latents_BTVChw, torch.where(has_proprio_B11, known.proprio_BTS, read_B1S))
 
 
-def sample(
-    predict: Predict, frame: int, stream: NoiseStream, sampler: SamplerConfig, model: CausalDiT
-) -> Frames:
-    """Run the sampler from the noise of frame number `frame` to a clean frame [B, 1]."""
-    start = stream.frames(model.shape, [frame], Purpose.LATENTS, Purpose.PROPRIO)
+def sample(predict: Predict, start: Frames, sampler: SamplerConfig) -> Frames:
+    """Run the sampler from noise to clean frames."""
     match sampler.method:
         case "euler":
             return euler(predict, start, sampler.steps, finest_steps=sampler.finest_steps)
@@ -130,20 +121,16 @@ def commit(
     cache: KVCache | None,
     clean: Frames,
     conditioning: Conditioning,
-    frames: list[int],
-    stream: NoiseStream,
+    noise: Frames,
     sampler: SamplerConfig,
 ) -> KVCache:
-    """Append frames to the context with a little noise of their own, whose level the model is told.
+    """Append frames to the context with a little of `noise`, whose level the model is told.
 
     Without it a model that was trained on perfect context drifts within tens of frames (GameNGen, Valevski et
     al. 2024, section 3.2.1).
     """
     level = constant_level(clean, 1 - sampler.context_noise)
-    if sampler.context_noise:
-        noise = stream.frames(model.shape, frames, Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
-        clean = mix(clean, noise, level)
-    return ingest(model, clean, level, conditioning, cache)
+    return ingest(model, mix(clean, noise, level), level, conditioning, cache)
 
 
 def _predictor(

@@ -17,7 +17,7 @@ from vidworld.model.normalizer import Normalizer
 from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions
 from vidworld.types import Frames
-from vidworld.world.noise import NoiseStream, Purpose
+from vidworld.world.noise import CONTEXT, START, NoiseStream
 
 WRONG = ("shuffled", "zero", "shifted", "dropped")
 """The wrong actions, each explained at `action_faithfulness`."""
@@ -67,7 +67,7 @@ def action_faithfulness(
     shape = model.shape
     context_level = constant_level(clean, 1 - context_noise)
     numbers = range(num_frames)
-    noise = stream.frames(shape, numbers, Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
+    (noise,) = stream.frames(shape, numbers, CONTEXT)
     context = mix(clean, noise, context_level)
 
     errors: dict[str, Frames] = {}
@@ -80,7 +80,7 @@ def action_faithfulness(
         for number, signal in enumerate(levels):
             # Noise of its own for each level, and the same for each kind of action.
             numbers = range(number * num_frames, (number + 1) * num_frames)
-            noise = stream.frames(shape, numbers, Purpose.LATENTS, Purpose.PROPRIO)
+            (noise,) = stream.frames(shape, numbers, START)
             level = constant_level(clean, signal)
             predicted = predict(
                 mix(clean, noise, level), level, torch.full_like(level.signal, 1 / finest_steps)

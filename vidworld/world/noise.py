@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,46 +59,62 @@ def philox(counter: Sequence[Tensor], key: Sequence[int]) -> tuple[Tensor, Tenso
     return c0, c1, c2, c3
 
 
-def words(
-    seed: int, sample_ids_B: Tensor, frame: int, purpose: Purpose, num_blocks: int
-) -> tuple[Tensor, ...]:
-    """Four int64 tensors [B, num_blocks] of uniform 32-bit words; block i never depends on `num_blocks`."""
+class Request(NamedTuple):
+    """Noise of `shape` for one frame and purpose."""
+
+    frame: int
+    purpose: Purpose
+    shape: tuple[int, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Counters that it takes: each gives four numbers."""
+        return -(-math.prod(self.shape) // 4)
+
+
+def words(seed: int, sample_ids_B: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Uniform 32-bit words, int64 [B, blocks of all requests, 4]; no block depends on the others."""
     assert 0 <= seed < MAX_SEED, "seed out of range"
-    assert 0 <= frame <= MASK, "frame out of range"
+    assert all(0 <= request.frame <= MASK for request in requests), "frame out of range"
+    names = [
+        torch.stack(torch.broadcast_tensors(torch.arange(one.num_blocks), *map(torch.tensor, one[:2])))
+        for one in requests
+    ]
+    block_N, frame_N, purpose_N = torch.cat(names, 1).to(sample_ids_B.device)
     ids_B1 = sample_ids_B[:, None]
-    counter = (
-        torch.arange(num_blocks, device=sample_ids_B.device)[None],
-        torch.tensor(frame, device=sample_ids_B.device),
-        ids_B1 & MASK,
-        (ids_B1 >> 32) << 8 | int(purpose),
-    )
-    return philox(counter, (seed & MASK, seed >> 32))
+    counter = (block_N, frame_N, ids_B1 & MASK, (ids_B1 >> 32) << 8 | purpose_N)
+    return torch.stack(philox(counter, (seed & MASK, seed >> 32)), -1)
 
 
-def normal(
-    seed: int,
-    sample_ids_B: Tensor,
-    frame: int,
-    purpose: Purpose,
-    shape: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normals [B, *shape] on the device of `sample_ids_B` (int64, 0 <= id < 2**55).
+def normals(
+    seed: int, sample_ids_B: Tensor, requests: Sequence[Request], *, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Standard normals [B, *shape] for each request, where `sample_ids_B` is (int64, 0 <= id < 2**55).
 
-    Element i is the same for every shape with more than i elements. Box-Muller in float64, then cast.
+    Element i of a request is the same for every shape with more than i elements, and whatever else is asked
+    for. Box-Muller in float64, then cast. Many requests cost a GPU little more than one.
     """
-    size = math.prod(shape)
-    w0, w1, w2, w3 = words(seed, sample_ids_B, frame, purpose, -(-size // 4))
-    radius_word, angle_word = torch.stack((w0, w2), -1), torch.stack((w1, w3), -1)
+    words_BN4 = words(seed, sample_ids_B, requests)
+    radius_word, angle_word = words_BN4[..., ::2], words_BN4[..., 1::2]
     radius = (-2 * _log((radius_word.double() + 0.5) * 2.0**-32)).sqrt()
     # Two bits choose the quadrant, thirty the angle inside it: no reduction of the argument is needed.
     angle = ((angle_word & 0x3FFFFFFF).double() + 0.5) * (math.pi / 2 * 2.0**-30)
     squared = angle * angle
     cosine = _horner(_COS_TERMS, squared) * (1 - (angle_word >> 30 & 1) * 2)
     sine = angle * _horner(_SIN_TERMS, squared) * (1 - (angle_word >> 31) * 2)
-    normals = torch.stack((radius * cosine, radius * sine), -1)
-    return normals.flatten(1)[:, :size].reshape(len(sample_ids_B), *shape).to(dtype)
+    normals_BN4 = torch.stack((radius * cosine, radius * sine), -1).flatten(2).to(dtype)
+    parts = normals_BN4.split([request.num_blocks for request in requests], 1)
+    return [
+        part_BN4.flatten(1)[:, : math.prod(request.shape)].reshape(len(sample_ids_B), *request.shape)
+        for part_BN4, request in zip(parts, requests, strict=True)
+    ]
+
+
+Kind = tuple[Purpose, Purpose]
+"""A purpose for latents and one for proprioception."""
+
+START: Kind = (Purpose.LATENTS, Purpose.PROPRIO)
+CONTEXT: Kind = (Purpose.CONTEXT_LATENTS, Purpose.CONTEXT_PROPRIO)
 
 
 @dataclass(frozen=True)
@@ -108,17 +125,22 @@ class NoiseStream:
     sample_ids_B: Tensor
     dtype: torch.dtype = torch.float32
 
-    def frames(self, shape: FrameShape, indices: Sequence[int], latents: Purpose, proprio: Purpose) -> Frames:
-        """Noise [B, T, ...] for the frames `indices`, one stream for latents, one for proprioception."""
-        picture = (shape.views, shape.channels, shape.height, shape.width)
-        return Frames(
-            torch.stack([self.draw(index, latents, picture) for index in indices], 1),
-            torch.stack([self.draw(index, proprio, (shape.proprio_dims,)) for index in indices], 1),
-        )
+    def frames(self, shape: FrameShape, indices: Sequence[int], *kinds: Kind) -> tuple[Frames, ...]:
+        """Noise [B, T, ...] of each kind for the frames `indices`."""
+        latents, proprio = (shape.views, shape.channels, shape.height, shape.width), (shape.proprio_dims,)
+        requests = [
+            Request(index, purpose, size)
+            for kind in kinds
+            for purpose, size in zip(kind, (latents, proprio), strict=True)
+            for index in indices
+        ]
+        drawn = normals(self.seed, self.sample_ids_B, requests, dtype=self.dtype)
+        stacked = [torch.stack(drawn[i : i + len(indices)], 1) for i in range(0, len(drawn), len(indices))]
+        return tuple(Frames(*stacked[i : i + 2]) for i in range(0, len(stacked), 2))
 
-    def draw(self, frame: int, purpose: Purpose, shape: Sequence[int]) -> Tensor:
+    def draw(self, frame: int, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, *shape] of one frame."""
-        return normal(self.seed, self.sample_ids_B, frame, purpose, shape, dtype=self.dtype)
+        return normals(self.seed, self.sample_ids_B, [Request(frame, purpose, shape)], dtype=self.dtype)[0]
 
 
 def fork_ids(seed: int, sample_ids_B: Tensor, frame: int, copy_B: Tensor) -> Tensor:
@@ -126,8 +148,9 @@ def fork_ids(seed: int, sample_ids_B: Tensor, frame: int, copy_B: Tensor) -> Ten
 
     A branch's future thus depends on its parent and its number alone, not on what else is in the batch.
     """
-    blocks = words(seed, sample_ids_B, frame, Purpose.FORK, int(copy_B.max()) + 1 if len(copy_B) else 1)
-    high, low = (word.gather(1, copy_B[:, None])[:, 0] for word in blocks[:2])
+    copies = int(copy_B.max()) + 1 if len(copy_B) else 1
+    words_BN4 = words(seed, sample_ids_B, [Request(frame, Purpose.FORK, (4 * copies,))])
+    high, low, *_ = words_BN4[torch.arange(len(copy_B), device=copy_B.device), copy_B].unbind(-1)
     return torch.where(copy_B == 0, sample_ids_B, (high << 32 | low) & (MAX_SAMPLE_ID - 1))
 
 
