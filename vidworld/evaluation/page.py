@@ -38,12 +38,12 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
     """Write report.html and strip-*.png into a folder; returns the report's path."""
     data, settings = metrics["data"], metrics["settings"]
     subtitle = (
-        f"{data['name']}, {settings['split']} split: {data['windows']} windows of "
-        f"{data['episodes']} episodes, "
+        f"{data['windows']} windows of {data['episodes']} "
+        f"{'held-out ' if settings['split'] == 'val' else ''}episodes, "
         f"{settings['context']} known frames, then {settings['frames']} imagined "
         f"({settings['frames'] / spec.fps:.2g} s), {settings['samples']} samples each"
     )
-    report = Report("World model, held out" if settings["split"] == "val" else "World model", subtitle)
+    report = Report(f"World model on {data['name']}", subtitle)
     report.cards(*_cards(metrics))
     report.section("How to read this", HOW_TO_READ)
     for warning in metrics["warnings"]:
@@ -159,13 +159,13 @@ def _actions(report: Report, metrics: Mapping[str, Any]) -> None:
     rollout = metrics["actions"]["rollout"]
     kinds = [kind for kind in ACTION_WORDS if rollout[kind]]
     report.section("Does it listen to its actions?")
-    frames = range(1, metrics["settings"]["frames"] + 1)
-    lines = [Line(ACTION_WORDS[kind], frames, rollout[kind]["curve"]) for kind in kinds]
-    lines.append(Line("true actions", frames, [1.0] * len(frames), floor=True))
+    horizons = rollout["horizons"]
+    lines = [Line(ACTION_WORDS[kind], horizons, rollout[kind]["ratio"]) for kind in kinds]
+    lines.append(Line("true actions", horizons, [1.0] * len(horizons), floor=True))
     panels = [Panel(tuple(lines), "Rollout error, wrong / true actions", "imagined frame", "ratio")]
     report.figure(draw(panels, columns=1, panel_size=(8.0, 3.0)), "1: wrong actions do no harm.")
     report.table(
-        ["actions", *(f"frame {horizon}" for horizon in rollout["horizons"]), "all frames"],
+        ["actions", *(f"frame {horizon}" for horizon in horizons), "all of them"],
         [[ACTION_WORDS[kind], *rollout[kind]["ratio"], rollout[kind]["ratio_all"]] for kind in kinds],
         caption="Mean squared pixel error of rollouts under wrong actions, divided by that under the true "
         "ones with the same noise.",

@@ -4,8 +4,8 @@ Shapes: W windows, M samples, B = W * M rows, T frames of the horizon, V views, 
 S proprio dims. Frame t of the horizon is counted from 1 in tables.
 """
 
+import contextlib
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
+from vidworld.evaluation.futures import Rolled, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import proprio_metrics, video_metrics
 from vidworld.evaluation.windows import (
-    WRONG,
     Plan,
     Recorded,
     Settings,
@@ -30,12 +30,21 @@ from vidworld.evaluation.windows import (
 from vidworld.types import Frames
 from vidworld.world.faithfulness import action_faithfulness
 from vidworld.world.spec import WorldSpec
-from vidworld.world.world import PICTURES_AT_ONCE, WorldModel, to_video
+from vidworld.world.world import WorldModel
 
 ROWS_AT_ONCE = {"cuda": 128}
 ROWS_AT_ONCE_ELSEWHERE = 32
-DENOISING_CLIPS = 64
+DENOISING_CLIPS = 32
 """Clips of an embodiment at most for the denoising loss under wrong actions."""
+
+DENOISING_LEVELS = (0.0, 0.5)
+"""Signal levels at which it is measured: pure noise, where actions count most, and half way."""
+
+LOOKS = ("contrast", "sharpness", "motion")
+"""What a rollout loses when it collapses, each explained at `_appearance`."""
+
+FRAMES_A_CLIP = 8
+"""A clip of the denoising loss takes the room of about so many rows of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +62,23 @@ class Clip:
     """Recorded, context included, a row for every latent frame."""
     predicted_MTS: np.ndarray
     """Imagined, without the context."""
+    note: str = ""
+    """Why it is shown, if not as one of the evenly spaced ones."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Numbers of one window: metric name -> [T]."""
+    """Numbers of one window."""
 
     window: Window
     partner: Window | None
     """Whose actions were the shuffled ones."""
     views: dict[str, dict[str, np.ndarray]]
+    """View -> metric -> [T]."""
+    wrong: dict[str, dict[str, np.ndarray]]
+    """View -> kind of wrong actions -> mean squared pixel error at `Settings.horizons`."""
     proprio: dict[str, dict[str, Any]]
+    """Dimension -> what `proprio_metrics` gives."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +104,38 @@ def measure(
     """Roll the world out from every window and compare; `progress` is called after every window."""
     plan = plan or plan_windows(dataset, world.spec, settings)
     shown = {plan.windows[i] for i in spaced(len(plan.windows) - 1, min(settings.clips, len(plan.windows)))}
+    shown = shown if settings.clips else set()
     batch = settings.batch or ROWS_AT_ONCE.get(world.device.type, ROWS_AT_ONCE_ELSEWHERE)
     measured: list[Measured] = []
     clips: list[Clip] = []
     denoising: dict[str, dict[str, float]] = {}
+    worst: tuple[float, Clip] | None = None
     for embodiment in plan.embodiments:
         windows = plan.of(embodiment)
         probed = {windows[i] for i in spaced(len(windows) - 1, min(DENOISING_CLIPS, len(windows)))}
         probes: list[_Probe] = []
         paired = pairs(dataset, world.spec, settings, windows)
         while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
-            rollouts = _roll_out(world, settings, chunk, first=len(measured), batch=batch)
-            for (recorded, partner), rollout in zip(chunk, rollouts, strict=True):
-                latents_TVChw, bound_TVHWC = _through_tokenizer(world, recorded.frames_TVHWC)
+            rollouts = roll_out(world, settings, chunk, first=len(measured), batch=batch, shown=shown)
+            for (recorded, partner), rolled in zip(chunk, rollouts, strict=True):
+                latents_TVChw, bound_TVHWC = through_tokenizer(world, recorded.frames_TVHWC)
                 if recorded.window in probed:
                     probes.append(_Probe(latents_TVChw.cpu(), recorded))
-                measured.append(
-                    _compare(world.spec, recorded, partner, rollout, bound_TVHWC[settings.context :])
-                )
+                bound_TVHWC = bound_TVHWC[settings.context :]
+                found = _compare(world.spec, settings, recorded, partner, rolled, bound_TVHWC)
+                measured.append(found)
+                gain = float(np.mean([view["gain"][-1] for view in found.views.values()]))
                 if recorded.window in shown:
-                    clips.append(_clip(world.spec, recorded, rollout))
+                    clips.append(_clip(world.spec, recorded, rolled))
+                elif settings.clips and (worst is None or gain < worst[0]):
+                    worst = gain, _clip(world.spec, recorded, rolled, note="the least gain of all others")
                 if progress is not None:
                     progress()
         if len(probes) > 1:
-            denoising[embodiment] = _denoising(world, settings, probes, batch)
+            denoising[embodiment] = _denoising(world, settings, probes, max(2, batch // FRAMES_A_CLIP))
+    if worst is not None:
+        clips.append(worst[1])
     return Study(plan, tuple(measured), denoising, tuple(clips))
-
-
-@dataclass(frozen=True)
-class _Rolled:
-    video_MTVHWC: np.ndarray
-    proprio_MTS: np.ndarray
-    wrong: dict[str, np.ndarray]
-    """Kind of wrong actions -> [T, V, H, W, 3], with the noise of sample 0."""
 
 
 @dataclass(frozen=True)
@@ -130,78 +144,16 @@ class _Probe:
     recorded: Recorded
 
 
-def _roll_out(
-    world: WorldModel,
-    settings: Settings,
-    chunk: Sequence[tuple[Recorded, Recorded | None]],
-    *,
-    first: int,
-    batch: int,
-) -> list[_Rolled]:
-    """Rollouts of a chunk of windows under true actions, M samples each, and under wrong ones, one each.
-
-    The noise of a sample depends on the window's number in the whole study, not on the chunk.
-    """
-    sampler, samples = settings.sampler(world.spec.sampler), settings.samples
-    count = len(chunk)
-    state = world.reset(
-        [recorded.grounding.prompt for recorded, _ in chunk],
-        samples,
-        settings.seed,
-        sample_ids=range(first * samples, (first + count) * samples),
-        sampler=sampler,
-        allow_out_of_range=True,
-    )
-    rows = list(range(count * samples))
-    given = [recorded.future_TA for recorded, _ in chunk for _ in range(samples)]
-    kinds: list[tuple[int, str]] = []
-    for number, (recorded, partner) in enumerate(chunk):
-        for kind in WRONG:
-            actions_TA = recorded.wrong(kind, partner)
-            if actions_TA is not None:
-                kinds.append((number, kind))
-                rows.append(number * samples)
-                given.append(actions_TA)
-    videos, proprios = [], []
-    for start in range(0, len(rows), batch):
-        actions_BTA = np.stack(given[start : start + batch])
-        rolled = world.rollout(
-            state.select(rows[start : start + batch]), actions_BTA, sampler=sampler, allow_out_of_range=True
-        )
-        assert rolled.video_BTVHWC is not None
-        videos += list(rolled.video_BTVHWC.cpu().numpy())
-        proprios += list(rolled.proprio_BTS.double().cpu().numpy())
-    wrong: list[dict[str, np.ndarray]] = [{} for _ in chunk]
-    for (number, kind), video_TVHWC in zip(kinds, videos[count * samples :], strict=True):
-        wrong[number][kind] = video_TVHWC
-    return [
-        _Rolled(
-            np.stack(videos[number * samples : (number + 1) * samples]),
-            np.stack(proprios[number * samples : (number + 1) * samples]),
-            wrong[number],
-        )
-        for number in range(count)
-    ]
-
-
-def _through_tokenizer(world: WorldModel, frames_TVHWC: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Latents [T, V, C, h, w] of a video, and the video as the tokenizer gives it back."""
-    video_TVHWC = torch.from_numpy(frames_TVHWC)
-    # With a time stride frames depend on each other, and the tokenizer bounds its own memory.
-    alone = world.spec.frames_per_step == 1
-    at_once = max(1, PICTURES_AT_ONCE // frames_TVHWC.shape[1]) if alone else len(video_TVHWC)
-    latents, pictures = [], []
-    for piece_TVHWC in video_TVHWC.split(at_once):
-        latents_1TVChw = world.encode(piece_TVHWC[None].to(world.device))
-        latents.append(latents_1TVChw[0])
-        pictures.append(to_video(world.decode(latents_1TVChw))[0].cpu())
-    return torch.cat(latents), torch.cat(pictures).numpy()
-
-
 def _compare(
-    spec: WorldSpec, recorded: Recorded, partner: Recorded | None, rolled: _Rolled, bound_TVHWC: np.ndarray
+    spec: WorldSpec,
+    settings: Settings,
+    recorded: Recorded,
+    partner: Recorded | None,
+    rolled: Rolled,
+    bound_TVHWC: np.ndarray,
 ) -> Measured:
-    views = {}
+    at_horizons = [horizon - 1 for horizon in settings.horizons]
+    views, wrong = {}, {}
     for v, view in enumerate(spec.views):
         before_HWC, truth_THWC, bound_THWC, samples_MTHWC = (
             pictures.astype(np.float32) / 255
@@ -217,13 +169,10 @@ def _compare(
         found["mse"] = _square_error(samples_MTHWC, truth_THWC).mean(0)
         found["mse_first"] = _square_error(samples_MTHWC[0], truth_THWC)
         found["mse_copy"] = _square_error(before_HWC, truth_THWC)
-        for kind in WRONG:
-            video_TVHWC = rolled.wrong.get(kind)
-            found[f"mse_{kind}"] = (
-                np.full(len(truth_THWC), math.nan)
-                if video_TVHWC is None
-                else _square_error(video_TVHWC[:, v].astype(np.float32) / 255, truth_THWC)
-            )
+        wrong[view] = {
+            kind: _square_error(pictures[:, v].astype(np.float32) / 255, truth_THWC[at_horizons])
+            for kind, pictures in rolled.wrong.items()
+        }
         looks = {"truth": truth_THWC[None], "bound": bound_THWC[None], "model": samples_MTHWC}
         for name, videos in looks.items():
             for measure_name, values_T in _appearance(videos, before_HWC).items():
@@ -238,7 +187,7 @@ def _compare(
             recorded.proprio_TS[recorded.context - 1],
             dims,
         )
-    return Measured(recorded.window, None if partner is None else partner.window, views, proprio)
+    return Measured(recorded.window, None if partner is None else partner.window, views, wrong, proprio)
 
 
 def _square_error(predicted: np.ndarray, truth_THWC: np.ndarray) -> np.ndarray:
@@ -247,7 +196,7 @@ def _square_error(predicted: np.ndarray, truth_THWC: np.ndarray) -> np.ndarray:
 
 
 def _appearance(videos_MTHWC: np.ndarray, before_HWC: np.ndarray) -> dict[str, np.ndarray]:
-    """What a rollout loses when it collapses, for each frame [T]: contrast, sharpness, motion.
+    """How pictures look, for each frame [T].
 
     contrast is the standard deviation of a picture's pixels, sharpness the mean square of its differences of
     neighbours, motion the mean absolute change from the frame before.
@@ -264,23 +213,24 @@ def _appearance(videos_MTHWC: np.ndarray, before_HWC: np.ndarray) -> dict[str, n
     }
 
 
-def _clip(spec: WorldSpec, recorded: Recorded, rolled: _Rolled) -> Clip:
+def _clip(spec: WorldSpec, recorded: Recorded, rolled: Rolled, *, note: str = "") -> Clip:
     context_TVHWC = recorded.frames_TVHWC[: recorded.context]
-    shuffled = rolled.wrong.get("shuffled")
+    shuffled_TVHWC = rolled.shuffled_TVHWC
     return Clip(
         recorded.window,
         recorded.context,
         recorded.grounding.contract,
         recorded.frames_TVHWC,
         np.stack([np.concatenate([context_TVHWC, video]) for video in rolled.video_MTVHWC]),
-        None if shuffled is None else np.concatenate([context_TVHWC, shuffled]),
+        None if shuffled_TVHWC is None else np.concatenate([context_TVHWC, shuffled_TVHWC]),
         recorded.proprio_TS[:: spec.frames_per_step],
         rolled.proprio_MTS[..., : len(recorded.grounding.contract.proprio)],
+        note,
     )
 
 
 def _denoising(
-    world: WorldModel, settings: Settings, probes: Sequence[_Probe], batch: int
+    world: WorldModel, settings: Settings, probes: Sequence[_Probe], clips_at_once: int
 ) -> dict[str, float]:
     """Denoising losses under true and wrong actions over all probes, and their ratios."""
     sampler = settings.sampler(world.spec.sampler)
@@ -288,7 +238,7 @@ def _denoising(
     # No more frames than the model was trained on.
     frames = min(len(probes[0].latents_TVChw), sampler.window)
     sums: dict[str, float] = {}
-    chunks = max(1, len(probes) // max(2, batch))
+    chunks = max(1, len(probes) // clips_at_once)
     for rows in np.array_split(np.arange(len(probes)), chunks):
         chosen = [probes[row] for row in rows]
         embodiment = world.spec.embodiment_index(chosen[0].recorded.window.sample.embodiment)
@@ -305,20 +255,29 @@ def _denoising(
             world,
         )
         latents_BTVChw = torch.stack([probe.latents_TVChw[:frames] for probe in chosen]).to(world.device)
-        found = action_faithfulness(
-            world.model,
-            world.normalizer,
-            Frames(latents_BTVChw, world.normalizer.proprio(proprio_BTS, embodiment_B)),
-            actions_BTA,
-            embodiment_B,
-            seed=settings.seed,
-            context_noise=sampler.context_noise,
-            finest_steps=sampler.finest_steps,
-        )
+        with _autocast(world):
+            found = action_faithfulness(
+                world.model,
+                world.normalizer,
+                Frames(latents_BTVChw, world.normalizer.proprio(proprio_BTS, embodiment_B)),
+                actions_BTA,
+                embodiment_B,
+                levels=DENOISING_LEVELS,
+                seed=settings.seed,
+                context_noise=sampler.context_noise,
+                finest_steps=sampler.finest_steps,
+            )
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value * len(chosen)
     means = {name: total / len(probes) for name, total in sums.items()}
     return means | _ratios(means)
+
+
+def _autocast(world: WorldModel) -> contextlib.AbstractContextManager[object]:
+    """The precision of the world's own rollouts."""
+    if world.autocast and world.device.type == "cuda" and world.dtype == torch.float32:
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _ratios(losses: Mapping[str, float]) -> dict[str, float]:

@@ -19,6 +19,10 @@ WRONG = ("shuffled", "mean", "late")
 """Wrong actions of a rollout: those of another window, the recorded mean, the true ones a frame late."""
 
 
+HORIZONS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Frames of the horizon in tables, beside the last one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to measure."""
@@ -57,6 +61,11 @@ class Settings:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}", got=getattr(self, name), expected=f"{minimum} or more"
                 )
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Frames of the horizon in tables, counted from 1."""
+        return (*(horizon for horizon in HORIZONS if horizon < self.frames), self.frames)
 
     def sampler(self, own: SamplerConfig) -> SamplerConfig:
         """The world's sampler with these settings."""

@@ -1,0 +1,125 @@
+"""Rollouts of recorded windows under true and wrong actions, decoded no more than is looked at.
+
+Shapes: W windows, M samples, B rows, T frames of the horizon, V views, H W pixels, A action dims, S proprio
+dims.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidworld.evaluation.windows import WRONG, Recorded, Settings, Window
+from vidworld.world.state import Rollout
+from vidworld.world.world import PICTURES_AT_ONCE, WorldModel, to_video
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """Rollouts of one window; those under wrong actions have the noise of sample 0."""
+
+    video_MTVHWC: np.ndarray
+    proprio_MTS: np.ndarray
+    wrong: dict[str, np.ndarray]
+    """Kind of wrong actions -> pictures at the horizons."""
+    shuffled_TVHWC: np.ndarray | None
+    """All frames under shuffled actions, where they are to be shown."""
+
+
+def roll_out(
+    world: WorldModel,
+    settings: Settings,
+    chunk: Sequence[tuple[Recorded, Recorded | None]],
+    *,
+    first: int,
+    batch: int,
+    shown: set[Window],
+) -> list[Rolled]:
+    """Rollouts of a chunk of windows under true actions, M samples each, and under wrong ones, one each.
+
+    The noise of a sample depends on the window's number in the whole study (`first` is the chunk's), and not
+    on the size of the chunks.
+    """
+    sampler, samples = settings.sampler(world.spec.sampler), settings.samples
+    state = world.reset(
+        [recorded.grounding.prompt for recorded, _ in chunk],
+        samples,
+        settings.seed,
+        sample_ids=range(first * samples, (first + len(chunk)) * samples),
+        sampler=sampler,
+        allow_out_of_range=True,
+    )
+
+    def rollouts(rows: Sequence[int], actions: Sequence[np.ndarray], decode: bool) -> Iterator[Rollout]:
+        for start in range(0, len(rows), batch):
+            some = slice(start, start + batch)
+            yield world.rollout(
+                state.select(list(rows[some])),
+                np.stack(actions[some]),
+                sampler=sampler,
+                decode=decode,
+                allow_out_of_range=True,
+            )
+
+    videos, proprios = [], []
+    true = [recorded.future_TA for recorded, _ in chunk for _ in range(samples)]
+    for rolled in rollouts(range(len(true)), true, decode=True):
+        assert rolled.video_BTVHWC is not None
+        videos.append(rolled.video_BTVHWC.cpu().numpy())
+        proprios.append(rolled.proprio_BTS.double().cpu().numpy())
+    video_WMTVHWC = np.concatenate(videos).reshape(len(chunk), samples, *videos[0].shape[1:])
+    proprio_WMTS = np.concatenate(proprios).reshape(len(chunk), samples, *proprios[0].shape[1:])
+
+    jobs = [
+        (number, kind, actions_TA)
+        for number, (recorded, partner) in enumerate(chunk)
+        for kind in WRONG
+        if (actions_TA := recorded.wrong(kind, partner)) is not None
+    ]
+    at_horizons = [horizon - 1 for horizon in settings.horizons]
+    wrong: list[dict[str, np.ndarray]] = [{} for _ in chunk]
+    shuffled: list[np.ndarray | None] = [None for _ in chunk]
+    upcoming = iter(jobs)
+    # Decoding takes most of the time and few frames are looked at; with a time stride it must be all of them.
+    decode = world.spec.frames_per_step > 1
+    actions = [actions_TA for *_, actions_TA in jobs]
+    for rolled in rollouts([number * samples for number, *_ in jobs], actions, decode=decode):
+        seen_BTVHWC = _pictures(world, rolled, at_horizons)
+        for row, (number, kind, _) in enumerate(itertools.islice(upcoming, len(seen_BTVHWC))):
+            wrong[number][kind] = seen_BTVHWC[row]
+            if kind == "shuffled" and chunk[number][0].window in shown:
+                shuffled[number] = _pictures(world, rolled, range(settings.frames), slice(row, row + 1))[0]
+    return [
+        Rolled(video_WMTVHWC[number], proprio_WMTS[number], wrong[number], shuffled[number])
+        for number in range(len(chunk))
+    ]
+
+
+def _pictures(
+    world: WorldModel, rolled: Rollout, frames: Sequence[int], rows: slice = slice(None)
+) -> np.ndarray:
+    """Some frames of some rows of a rollout [B, T, V, H, W, 3], decoded few at a time if they are not yet."""
+    if rolled.video_BTVHWC is not None:
+        return rolled.video_BTVHWC[rows][:, frames].cpu().numpy()
+    latents_BTVChw = rolled.latents_BTVChw[rows][:, frames]
+    batch, count, views = latents_BTVChw.shape[:3]
+    pieces = latents_BTVChw.flatten(0, 1)[:, None].split(max(1, PICTURES_AT_ONCE // views))
+    pictures = torch.cat([to_video(world.decode(piece))[:, 0].cpu() for piece in pieces])
+    return pictures.unflatten(0, (batch, count)).numpy()
+
+
+def through_tokenizer(world: WorldModel, frames_TVHWC: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Latents [T, V, C, h, w] of a video, and the video as the tokenizer gives it back."""
+    video_TVHWC = torch.from_numpy(frames_TVHWC)
+    # With a time stride frames depend on each other, and the tokenizer bounds its own memory.
+    alone = world.spec.frames_per_step == 1
+    at_once = max(1, PICTURES_AT_ONCE // frames_TVHWC.shape[1]) if alone else len(video_TVHWC)
+    latents, pictures = [], []
+    for piece_TVHWC in video_TVHWC.split(at_once):
+        latents_1TVChw = world.encode(piece_TVHWC[None].to(world.device))
+        latents.append(latents_1TVChw[0])
+        pictures.append(to_video(world.decode(latents_1TVChw))[0].cpu())
+    return torch.cat(latents), torch.cat(pictures).numpy()
