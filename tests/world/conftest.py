@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.diffusion.path import constant_level, mix
 from vidworld.model.dit import DiTConfig
-from vidworld.model.inputs import FrameShape
+from vidworld.model.inputs import Conditioning, FrameShape
+from vidworld.model.two_stream import target_predictor
+from vidworld.tokenizers.base import chunk_actions
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
+from vidworld.types import Frames
 from vidworld.world.build import build
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.world import WorldModel
 
 HEIGHT, WIDTH = 32, 48
+LEARNING_STEPS = 150
 
 
 def make_contract(name: str, action_dims: int, proprio_dims: int) -> ActionContract:
@@ -90,6 +95,54 @@ def make_prompt(world: WorldModel, frames: int = 3, seed: int = 0, **changes: ob
 def make_actions(world: WorldModel, frames: int, seed: int = 0) -> np.ndarray:
     dims = len(world.spec.contracts[0].action)
     return np.random.default_rng(100 + seed).uniform(-2, 2, (frames, dims)).astype(np.float32)
+
+
+def make_clips(
+    world: WorldModel, batch: int, frames: int, seed: int
+) -> tuple[Frames, torch.Tensor, torch.Tensor]:
+    """Toy data: three channels show the action that led into the frame, the fourth a constant of the clip."""
+    generator = torch.Generator().manual_seed(seed)
+    actions_BTA = torch.empty(batch, frames, 3).uniform_(-2, 2, generator=generator)
+    embodiment_B = torch.zeros(batch, dtype=torch.int64)
+    shown_BTA = world.normalizer.actions(actions_BTA, embodiment_B).roll(1, 1)
+    latents = torch.randn(batch, frames, 1, 4, 4, 6, generator=generator) * 0.05
+    latents[:, :, 0, :3] += shown_BTA[..., None, None]
+    latents[:, :, 0, 3] += torch.randn(batch, 1, 1, 1, generator=generator)
+    proprio_BTS = torch.nn.functional.pad(shown_BTA, (0, 1))
+    return Frames(latents, proprio_BTS), actions_BTA, embodiment_B
+
+
+@pytest.fixture(scope="session")
+def clips() -> Callable[..., tuple[Frames, torch.Tensor, torch.Tensor]]:
+    return make_clips
+
+
+@pytest.fixture(scope="session")
+def learnt_world() -> WorldModel:
+    """A world that has learnt the toy data of `clips`, for sampling in one step."""
+    world = make_world(depth=2).requires_grad_(True)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(world.model.parameters(), 4e-3)
+    for step in range(LEARNING_STEPS):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / LEARNING_STEPS)
+        clean, actions_BTA, embodiment_B = make_clips(world, 16, 4, seed=step + 1)
+        actions_BTkA, keep_BT = chunk_actions(world.normalizer.actions(actions_BTA, embodiment_B), 1)
+        noise = [clean.map(lambda x: torch.randn(x.shape, generator=generator)) for _ in range(2)]
+        context_level = constant_level(clean, 0.9)
+        predict = target_predictor(
+            world.model,
+            mix(clean, noise[0], context_level),
+            context_level,
+            Conditioning(actions_BTkA, keep_BT, embodiment_B),
+        )
+        level = constant_level(clean, 0.0)
+        errors = predict(noise[1], level, torch.ones_like(level.signal)).map(
+            lambda x, y: (x - y)[:, 1:].square().mean(), clean
+        )
+        optimizer.zero_grad()
+        (errors.latents_BTVChw + errors.proprio_BTS).backward()
+        optimizer.step()
+    return world.requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -172,6 +172,34 @@ def test_cached_rollout_equals_a_window_computed_afresh(new_world, prompt, actio
     assert (other.latents_BTVChw - afresh.latents_BTVChw).abs().max() > 1e-3
 
 
+def test_a_learnt_world_shows_what_was_commanded(learnt_world, prompt):
+    """Each action reaches the frame that it leads to, and what only the prompt shows stays."""
+    world = learnt_world
+    sampler = dataclasses.replace(world.spec.sampler, steps=1)
+    start = world.reset(prompt(world), num_samples=2, sampler=sampler)
+    commands = np.random.default_rng(3).uniform(-2, 2, (8, 3)).astype(np.float32)
+    imagined = world.rollout(start, commands, sampler=sampler)
+    wanted_T3 = world.normalizer.actions(torch.tensor(commands)[None], torch.tensor([0]))[0]
+    shown_BT3 = imagined.latents_BTVChw[:, :, 0, :3].mean((-2, -1))
+    read_BT3 = world.normalizer.proprio(imagined.proprio_BTS, start.embodiment_B)[..., :3]
+    for found_BT3 in (shown_BT3, read_BT3):
+        error = (found_BT3 - wanted_T3).square().mean().sqrt()
+        late = (found_BT3[:, 1:] - wanted_T3[:-1]).square().mean().sqrt()
+        assert error < 0.25
+        assert late > 2 * error
+    shades = []
+    for shade in (0, 255):
+        known = dataclasses.replace(prompt(world), frames=np.full((3, 1, 32, 48, 3), shade, np.uint8))
+        last = world.rollout(world.reset(known, sampler=sampler), commands, sampler=sampler)
+        shown = last.latents_BTVChw[0, -1, 0, 3].mean()
+        shades.append(
+            (float(shown), float(world.encode(torch.tensor(known.frames)[None])[..., 3, :, :].mean()))
+        )
+    (dark, dark_before), (bright, bright_before) = shades
+    # Eight frames on, when none of the prompt is in sight any more.
+    assert (dark - bright) / (dark_before - bright_before) > 0.5
+
+
 def test_gradients_of_pixels_reach_the_actions(new_world, prompt, actions):
     world = new_world().double()
     commands = torch.tensor(actions(world, 3), dtype=torch.float64)

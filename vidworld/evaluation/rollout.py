@@ -123,7 +123,13 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     began = time.perf_counter()
     with torch.no_grad(), tqdm(total=len(actions.actions_TA), unit="frame", disable=None) as bar:
         imagined = world.rollout(
-            world.reset(grounding.prompt, options.samples, options.seed, sampler=sampler),
+            world.reset(
+                grounding.prompt,
+                options.samples,
+                options.seed,
+                sampler=sampler,
+                allow_out_of_range=options.allow_out_of_range,
+            ),
             actions.actions_TA,
             sampler=sampler,
             allow_out_of_range=options.allow_out_of_range,

@@ -72,9 +72,10 @@ def take_in(
     frames = [first_frame + index for index in indices]
     if cache is not None:
         cache = cache.roll(room, sampler.sink)
-    start, context = stream.frames(model.shape, frames, START, CONTEXT)
+    (context,) = stream.frames(model.shape, frames, CONTEXT)
     if has_proprio_B is None:
         return known[:, -1:], commit(model, cache, known, conditioning, context, sampler)
+    (start,) = stream.frames(model.shape, frames, START)
     newest = known[:, :1]
     for t, frame in enumerate(frames):
         at = (slice(None), slice(t, t + 1))

@@ -126,17 +126,23 @@ class NoiseStream:
     dtype: torch.dtype = torch.float32
 
     def frames(self, shape: FrameShape, indices: Sequence[int], *kinds: Kind) -> tuple[Frames, ...]:
-        """Noise [B, T, ...] of each kind for the frames `indices`."""
+        """Noise [B, T, ...] of each kind for the frames `indices`; a frame at a time, which bounds memory."""
         latents, proprio = (shape.views, shape.channels, shape.height, shape.width), (shape.proprio_dims,)
-        requests = [
-            Request(index, purpose, size)
-            for kind in kinds
-            for purpose, size in zip(kind, (latents, proprio), strict=True)
+        drawn = [
+            normals(
+                self.seed,
+                self.sample_ids_B,
+                [
+                    Request(index, *part)
+                    for kind in kinds
+                    for part in zip(kind, (latents, proprio), strict=True)
+                ],
+                dtype=self.dtype,
+            )
             for index in indices
         ]
-        drawn = normals(self.seed, self.sample_ids_B, requests, dtype=self.dtype)
-        stacked = [torch.stack(drawn[i : i + len(indices)], 1) for i in range(0, len(drawn), len(indices))]
-        return tuple(Frames(*stacked[i : i + 2]) for i in range(0, len(stacked), 2))
+        parts = [torch.stack(part, 1) for part in zip(*drawn, strict=True)]
+        return tuple(Frames(*parts[i : i + 2]) for i in range(0, len(parts), 2))
 
     def draw(self, frame: int, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
         """Noise [B, *shape] of one frame."""
