@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from vidworld.config import from_mapping
+from vidworld.data.convert import ConvertOptions, convert
 from vidworld.errors import DataError
+from vidworld.lab.planar import PlanarConfig, PlanarSource
+from vidworld.tokenizers.store import load_tokenizer
+from vidworld.trainer.config import TokenizerTraining, WorldTraining
 from vidworld.trainer.ema import EMA
+from vidworld.trainer.encode import encode_dataset
 from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Loop, LoopConfig
 from vidworld.trainer.optim import OptimConfig
 from vidworld.trainer.tasks import Moment, Task
+from vidworld.trainer.train import train
 from vidworld.types import Batch
 
 DIMS = 6
@@ -124,3 +131,64 @@ def make_loop(tmp_path: Path) -> Callable[..., Loop]:
 def toy() -> SimpleNamespace:
     """The toy task's classes and feed, for tests that import nothing from here."""
     return SimpleNamespace(Task=ToyTask, Masked=MaskedTask, feed=toy_feed, batch=make_batch)
+
+
+@pytest.fixture(scope="session")
+def planar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video dataset: ten short episodes of the planar arm, one of them held out."""
+    out = tmp_path_factory.mktemp("data") / "planar"
+    source = PlanarSource(10, 0, PlanarConfig(frames=20, size=32))
+    convert(source, ConvertOptions(out=out, size="32x32", workers=1))
+    return out
+
+
+def tiny_tokenizer(data: Path, **settings: Any) -> TokenizerTraining:
+    """Settings of a tokenizer run of a second."""
+    base = {
+        "kind": "tokenizer",
+        "data": str(data),
+        "tokenizer": {"widths": [16, 16, 16], "encoder_blocks": [0, 0, 1], "decoder_blocks": [0, 0, 1]},
+        "loader": {"batch_size": 4, "workers": 0},
+        "loop": {"steps": 4, "log_every": 2},
+        "look": {"validate_clips": 4, "validate_batches": 1},
+        "wandb": "off",
+    }
+    return from_mapping(TokenizerTraining, base | settings)
+
+
+def tiny_world(data: Path, tokenizer: Path, **settings: Any) -> WorldTraining:
+    """Settings of a world run of seconds."""
+    base = {
+        "kind": "world",
+        "data": str(data),
+        "tokenizer": str(tokenizer),
+        "model": {"width": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "time_every": 2},
+        "loader": {"clip_frames": 6, "batch_size": 4, "workers": 0},
+        "optim": {"warmup_steps": 2},
+        "loop": {"steps": 10, "log_every": 5},
+        "look": {"validate_clips": 4, "validate_batches": 1, "horizon": 3, "sample_episodes": 1},
+        "wandb": "off",
+    }
+    return from_mapping(WorldTraining, base | settings)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(planar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that was trained for four steps."""
+    run = tmp_path_factory.mktemp("runs") / "tokenizer"
+    train(tiny_tokenizer(planar), run, progress_bar=False)
+    return run
+
+
+@pytest.fixture(scope="session")
+def latents(planar: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planar episodes as latents."""
+    out = tmp_path_factory.mktemp("data") / "latents"
+    encode_dataset(planar, load_tokenizer(tokenizer_run), out, progress=False)
+    return out
+
+
+@pytest.fixture
+def settings() -> SimpleNamespace:
+    """Makers of small settings."""
+    return SimpleNamespace(tokenizer=tiny_tokenizer, world=tiny_world)

@@ -241,7 +241,9 @@ def _write_tensors(path: Path, tensors: Tensors, groups: Mapping[str, Any] | Non
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    save_file(copies, path, metadata=None if groups is None else {"groups": json.dumps(groups)})
+    save_file(
+        copies, path, metadata=None if groups is None else {"groups": json.dumps(groups, sort_keys=True)}
+    )
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

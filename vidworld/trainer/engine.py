@@ -172,7 +172,9 @@ class PlainEngine:
             for index, parameter in enumerate(ordered):
                 prefix = f"{kind}/{names[id(parameter)]}/"
                 moments = {name.removeprefix(prefix): name for name in left if name.startswith(prefix)}
-                state[index] = {moment: left.pop(name) for moment, name in moments.items()}
+                state[index] = {
+                    moment: _laid_out_like(parameter, left.pop(name)) for moment, name in moments.items()
+                }
             optimizer.load_state_dict(
                 {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
             )
@@ -306,6 +308,13 @@ def _process_group(accelerate: Any) -> list[Any]:
         return []
     backend = "nccl" if _has_accelerator() else "gloo"
     return [accelerate.InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)]
+
+
+def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """A moment in its parameter's memory format: fused kernels walk both in memory order."""
+    if moment.shape != parameter.shape:
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
 
 
 def _has_accelerator() -> bool:

@@ -1,0 +1,173 @@
+"""What a task makes of a batch: units, dropout, rows, and gradients that reach every weight."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.diffusion.objective import ObjectiveConfig
+from vidworld.errors import ConfigError, DataError
+from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.inputs import FrameShape
+from vidworld.model.normalizer import Normalizer
+from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
+from vidworld.trainer.loop import noise_generator
+from vidworld.trainer.tasks import Moment, TokenizerTask, WorldTask
+from vidworld.types import Batch
+
+A, S = 3, 2
+
+
+def contract(name: str) -> ActionContract:
+    rng = np.random.default_rng(len(name))
+
+    def dimensions(count: int) -> tuple[Dimension, ...]:
+        return tuple(Dimension(f"d{n}", "rad", "velocity") for n in range(count))
+
+    return ActionContract(
+        name,
+        10.0,
+        dimensions(A),
+        dimensions(S),
+        Statistics.of(rng.normal(2, 5, (200, A))),
+        Statistics.of(rng.normal(-1, 3, (200, S))),
+    )
+
+
+CONTRACTS = (contract("one"), contract("three"))
+
+
+def make_task(stride: int = 1, noise_dims: int = 0, **settings: Any) -> WorldTask:
+    torch.manual_seed(0)
+    shape = FrameShape.from_contracts(
+        CONTRACTS, views=2, channels=4, height=4, width=4, actions_per_frame=stride
+    )
+    config = DiTConfig(width=32, depth=2, num_heads=2, num_kv_heads=1, time_every=2, noise_dims=noise_dims)
+    objective = settings.pop("objective", ObjectiveConfig())
+    return WorldTask(CausalDiT(config, shape), Normalizer(CONTRACTS), objective, **settings)
+
+
+def make_batch(stride: int = 1, rows: int = 4) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    frames = 1 + 4 * stride
+    return Batch(
+        ids=tuple(f"e{row}@0" for row in range(rows)),
+        actions_BTA=torch.randn(rows, frames, A, generator=generator) * 5,
+        proprio_BTS=torch.randn(rows, frames, S, generator=generator) * 3,
+        embodiment_B=torch.arange(rows) % 2,
+        latents_BTVChw=torch.randn(rows, 5, 2, 4, 4, 4, generator=generator).half(),
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_clean_frames_are_in_contract_units(stride: int) -> None:
+    task, batch = make_task(stride), make_batch(stride)
+    clean = task.clean(batch)
+    assert clean.latents_BTVChw.dtype == torch.float32
+    for row in range(4):
+        offset, scale = CONTRACTS[row % 2].proprio_scaling
+        expected = (batch.proprio_BTS[row, ::stride].numpy() - offset) / scale
+        np.testing.assert_allclose(clean.proprio_BTS[row].numpy(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(DataError, match="latents"):
+        task.clean(dataclasses.replace(batch, latents_BTVChw=None))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_actions_lead_into_their_frames(stride: int) -> None:
+    task, batch = make_task(stride, action_dropout=0.0, clip_dropout=0.0), make_batch(stride)
+    conditioning = task.conditioning(batch, torch.Generator())
+    assert conditioning.keep_BT.tolist() == [[False, True, True, True, True]] * 4
+    offset, scale = CONTRACTS[1].action_scaling
+    expected = (batch.actions_BTA[1, 2 * stride : 3 * stride].numpy() - offset) / scale
+    np.testing.assert_allclose(conditioning.actions_BTkA[1, 3].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_actions_are_dropped_at_the_rates_asked_for() -> None:
+    batch = make_batch(rows=4)
+    big = dataclasses.replace(
+        batch,
+        ids=batch.ids * 500,
+        actions_BTA=batch.actions_BTA.repeat(500, 1, 1),
+        embodiment_B=batch.embodiment_B.repeat(500),
+    )
+    keep_BT = make_task(action_dropout=0.2, clip_dropout=0.1).conditioning(big, torch.Generator()).keep_BT
+    whole_B = ~keep_BT[:, 1:].any(1)
+    assert whole_B.float().mean() == pytest.approx(0.1, abs=0.03)
+    assert keep_BT[~whole_B, 1:].float().mean() == pytest.approx(0.8, abs=0.03)
+    assert not make_task(action_dropout=1.0).conditioning(batch, torch.Generator()).keep_BT.any()
+
+
+@pytest.mark.parametrize("kind", ["shortcut", "energy"])
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_gradients_reach_every_weight(kind: Any, progress: float) -> None:
+    """DDP waits for ever for a weight without a gradient."""
+    task = make_task(noise_dims=3, objective=ObjectiveConfig(kind=kind))
+    for parameter in task.net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    losses = task(make_batch(), torch.Generator(), Moment(progress))
+    losses["loss"].backward()
+    assert all(torch.isfinite(value) and value.ndim == 0 for value in losses.values())
+    missing = [name for name, parameter in task.net.named_parameters() if parameter.grad is None]
+    assert not missing
+    assert not any(value.requires_grad for name, value in losses.items() if name != "loss")
+
+
+def test_losses_depend_on_generator_and_progress_only() -> None:
+    task, batch = make_task(), make_batch()
+    torch.nn.init.normal_(task.net.patch_head.weight, std=0.1)
+
+    def loss(seed: int, progress: float = 0.0) -> float:
+        torch.manual_seed(seed + int(100 * progress))
+        return task(batch, noise_generator(0, seed, 0, "cpu"), Moment(progress))["loss"].item()
+
+    assert loss(1) == loss(1)
+    assert loss(1) != loss(2)
+    assert loss(1) != loss(1, 0.9), "bootstrap rows"
+    assert loss(1, 0.5) == loss(1, 0.9)
+
+
+def test_small_micro_batches_take_turns_at_the_bootstrap() -> None:
+    task = make_task()
+    counts = []
+    for number in range(8):
+        losses = task(make_batch(rows=2), torch.Generator(), Moment(0.5, number))
+        counts.append(int(losses["bootstrap"] != 0))
+    torch.nn.init.normal_(task.net.patch_head.weight, std=0.5)
+    seen = [
+        task(make_batch(rows=2), torch.Generator(), Moment(0.5, number))["bootstrap"].item() != 0
+        for number in range(8)
+    ]
+    assert sum(seen) == 4, "a quarter of two rows is one row in every second micro-batch"
+
+
+def test_an_energy_score_needs_noise() -> None:
+    with pytest.raises(ConfigError, match="noise_dims"):
+        make_task(objective=ObjectiveConfig(kind="energy"))
+
+
+def test_muon_gets_matrices_of_blocks_only() -> None:
+    task = make_task()
+    chosen = {id(parameter) for parameter in task.matrices()}
+    names = [name for name, parameter in task.net.named_parameters() if id(parameter) in chosen]
+    assert names
+    assert all(name.startswith("blocks.") and "modulation" not in name for name in names)
+
+
+def test_the_tokenizer_sees_every_view() -> None:
+    torch.manual_seed(0)
+    config = ConvTokenizerConfig(
+        widths=(16, 16, 16), encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0), decoder_noise=0.0
+    )
+    task = TokenizerTask(ConvTokenizer(config))
+    video = torch.randint(0, 256, (2, 3, 2, 3, 16, 16), dtype=torch.uint8)
+    base = make_batch(rows=2)
+    batch = dataclasses.replace(base, latents_BTVChw=None, video_BTVCHW=video)
+    pictures = video.movedim(2, 1).reshape(4, 3, 3, 16, 16).float() / 127.5 - 1
+    expected = task.net.training_loss(pictures, torch.Generator())["loss"]
+    torch.testing.assert_close(task(batch, torch.Generator(), Moment())["loss"], expected)
+    with pytest.raises(DataError, match="video"):
+        task(base, torch.Generator(), Moment())
