@@ -233,7 +233,7 @@ def _load_json(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise DataError("cannot read the manifest", where=path, got=error.strerror) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             "not valid JSON", where=path, got=str(error), fix="run vidworld shard again"
         ) from None

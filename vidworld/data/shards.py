@@ -249,17 +249,18 @@ class ShardDataset:
         open_shard(self.directory, shard, self._suffixes(), verify=True)
 
     def _video(self, reader: MemberReader, rows: slice) -> dict[str, np.ndarray]:
-        size, total = (self.manifest.height, self.manifest.width), reader.sample.frames
         videos = {}
         for view in self.manifest.views:
             suffix = video_member(view)
             try:
                 content = reader.content(suffix)
-                frames = decode_video(content, rows.start, rows.stop - rows.start, num_frames=total)
+                length, total = rows.stop - rows.start, reader.sample.frames
+                frames = decode_video(content, rows.start, length, num_frames=total)
             except DataError as error:
                 raise reader.bad(suffix, str(error), "a readable video") from None
-            if frames.shape[1:3] != size:
-                raise reader.bad(suffix, f"{frames.shape[1:3]} pixels", f"{size}")
+            if frames.shape[1:3] != (self.manifest.height, self.manifest.width):
+                got = f"{frames.shape[2]}x{frames.shape[1]} pixels"
+                raise reader.bad(suffix, got, f"{self.manifest.width}x{self.manifest.height}")
             videos[view] = frames
         return videos
 

@@ -13,7 +13,6 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from vidworld.errors import DataError
 
@@ -112,8 +111,15 @@ def _decode(mp4: InputContainer, start: int, length: int | None, num_frames: int
 
 
 def _ycbcr(frame: np.ndarray) -> np.ndarray:
-    """Planes [3, H, W] as JPEG wants them; Pillow rounds where swscale cuts, which tints every frame."""
-    return np.ascontiguousarray(np.asarray(Image.fromarray(frame).convert("YCbCr")).transpose(2, 0, 1))
+    """Planes [3, H, W] by JPEG's equations (JFIF 1.02), rounded: swscale and Pillow cut, which tints."""
+    red, green, blue = np.moveaxis(frame, 2, 0).astype(np.int32)
+    half, centre = 1 << 15, (128 << 16) + (1 << 15) - 1
+    planes = (
+        19595 * red + 38470 * green + 7471 * blue + half,
+        -11059 * red - 21709 * green + 32768 * blue + centre,
+        32768 * red - 27439 * green - 5329 * blue + centre,
+    )
+    return np.stack([plane >> 16 for plane in planes]).astype(np.uint8)
 
 
 def _check_frame(frame: np.ndarray, index: int, shape: tuple[int, ...]) -> None:
