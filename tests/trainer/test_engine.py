@@ -102,9 +102,13 @@ def test_zero_refuses_muon(toy: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_bf16_is_refused_on_a_cpu(toy: Any) -> None:
+def test_bf16_on_a_cpu_is_for_one_strategy(toy: Any, make_loop: Callable[..., Loop]) -> None:
+    bf16 = EngineConfig(strategy="zero1", precision="bf16")
     with pytest.raises(ConfigError, match=r"engine\.precision"):
-        build_engine(toy.Task(), EngineConfig(precision="bf16"), OptimConfig())
+        build_engine(toy.Task(), bf16, OptimConfig())
+    loop = make_loop(engine=EngineConfig(precision="bf16"), steps=2)
+    loop.fit()
+    assert all(tensor.dtype == torch.float32 for tensor in loop.task.net.state_dict().values())
 
 
 @pytest.mark.parametrize("stage", [1, 2])

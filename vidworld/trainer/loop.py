@@ -137,7 +137,7 @@ class Loop:
                     if stopping and not self.clock.finished:
                         self.save()
                         raise PreemptedError(self._farewell(stop))
-            if self.saved_step != self.clock.step:
+            if self.looks and self.saved_step != self.clock.step:
                 self._look(self.looks)
             self.save()
         finally:
