@@ -38,11 +38,15 @@ def test_quantiles_go_to_one_binary_too_and_constants_keep_scale_one():
     assert contract.constant_actions() == ["lift"]
 
 
-def test_a_rare_event_keeps_its_scale():
+def test_a_dimension_that_hardly_moves_is_not_blown_up():
     values = np.zeros((1000, 3))
-    values[5, 0] = 4.0
-    _, scale = make_contract(values).action_scaling
-    assert scale[0] == 2
+    values[:, 0] = np.linspace(-1e-3, 1e-3, 1000)
+    values[5, 0], values[6, 0] = 4.0, -4.0
+    offset, scale = make_contract(values).action_scaling
+    assert scale[0] == pytest.approx(0.2 * 4.0)
+    assert np.abs((values[:, 0] - offset[0]) / scale[0]).max() <= 10
+    spread = np.linspace(-1, 1, 1000)[:, None] * np.ones(3)
+    assert make_contract(spread).action_scaling[1][0] == pytest.approx(0.98, abs=1e-3)
 
 
 def test_mapping_round_trip_keeps_the_digest():

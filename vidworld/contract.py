@@ -21,6 +21,7 @@ Kind = Literal["position", "velocity", "delta", "binary", "force", "unknown"]
 # A command may leave the recorded range by this share of it before it is refused: enough for a bolder
 # policy, too little for raw degrees in place of radians or normalised values in place of raw ones.
 RANGE_MARGIN = 0.5
+LEAST_SHARE_OF_RANGE = 0.2
 
 
 @dataclass(frozen=True)
@@ -193,14 +194,16 @@ class ActionContract:
 
 
 def _scaling(dimensions: Sequence[Dimension], statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
-    """Quantiles 1 % and 99 % go to -1 and 1; a binary 0 and 1 too; a constant dimension keeps scale 1."""
+    """Quantiles 1 % and 99 % go to -1 and 1; a binary 0 and 1 too; a constant dimension keeps scale 1.
+
+    A dimension that hardly ever moves has both quantiles near one value: its scale is at least a fifth of the
+    full half range, so that nothing recorded leaves [-10, 10].
+    """
     low, high = np.array(statistics.q01), np.array(statistics.q99)
     binary = np.array([dimension.kind == "binary" for dimension in dimensions], dtype=bool)
     low, high = np.where(binary, 0.0, low), np.where(binary, 1.0, high)
-    scale = (high - low) / 2
-    # A rare event leaves both quantiles on one value: fall back on the full range before giving up on it.
     full = (np.array(statistics.maximum) - np.array(statistics.minimum)) / 2
-    scale = np.where(scale > 1e-8, scale, full)
+    scale = np.maximum((high - low) / 2, LEAST_SHARE_OF_RANGE * full)
     constant = scale <= 1e-8
     return ((low + high) / 2).astype(np.float32), np.where(constant, 1.0, scale).astype(np.float32)
 

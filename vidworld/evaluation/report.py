@@ -8,13 +8,12 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from vidworld import media
+from vidworld import __version__, media
 from vidworld.evaluation import plots
 
 Cell = str | int | float | None
@@ -138,7 +137,7 @@ class Report:
             f"<title>{_escape(self.title)}</title><style>{_CSS}</style></head>\n<body><main>"
             f"<header><h1>{_escape(self.title)}</h1>{subtitle}{navigation}</header>\n"
             + "\n".join(self._parts)
-            + f"\n<footer>vidworld {_escape(version('vidworld'))}</footer></main></body></html>\n"
+            + f"\n<footer>vidworld {_escape(__version__)}</footer></main></body></html>\n"
         )
 
     def write(self, path: Path | str) -> Path:
