@@ -67,6 +67,7 @@ def test_the_counter_matters_after_a_restart() -> None:
 def test_buffers_follow_the_module() -> None:
     module = nn.BatchNorm1d(2)
     ema = EMA(module, 0.9)
+    ema.module._apply(torch.clone)  # as a move to another device does: new buffers
     module.running_mean.fill_(3.0)
     ema.update(module)
     assert torch.equal(ema.module.running_mean, module.running_mean)

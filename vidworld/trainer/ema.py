@@ -21,22 +21,22 @@ class EMA(Generic[M]):
         self.decay = decay
         self.updates = 0
         self.module: M = copy.deepcopy(module).float().eval().requires_grad_(False)
-        self._shadow: list[Tensor] = list(self.module.parameters())
-        self._shadow_buffers = list(self.module.buffers())
         self._source: nn.Module | None = None
-        self._weights: list[Tensor] = []
-        self._buffers: list[Tensor] = []
+        self._shadow: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._current: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the current weights of the module that this was made from; buffers are copied."""
-        if module is not self._source:  # walking a deep module tree at every step costs a millisecond
+        if module is not self._source:
+            # Once, because walking a deep module takes a millisecond; and not before both are on their
+            # device, because a move replaces buffers.
             self._source = module
-            self._weights, self._buffers = list(module.parameters()), list(module.buffers())
-        weights = [weight.detach().float() for weight in self._weights]
-        torch._foreach_lerp_(self._shadow, weights, 1 - self.next_decay)
-        for shadow, buffer in zip(self._shadow_buffers, self._buffers, strict=True):
-            shadow.copy_(buffer)
+            self._shadow, self._current = _tensors(self.module), _tensors(module)
+        (shadow, shadow_buffers), (current, buffers) = self._shadow, self._current
+        torch._foreach_lerp_(shadow, [weight.detach().float() for weight in current], 1 - self.next_decay)
+        for mine, buffer in zip(shadow_buffers, buffers, strict=True):
+            mine.copy_(buffer)
         self.updates += 1
 
     @property
@@ -51,3 +51,8 @@ class EMA(Generic[M]):
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
         self.updates = int(state["updates"])
+
+
+def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers. Not detached: DeepSpeed may point a parameter at other memory."""
+    return list(module.parameters()), list(module.buffers())
