@@ -157,7 +157,8 @@ class Manifest:
     def write(self, directory: Path | str) -> Path:
         """Write `manifest.json` so that it is there whole or not at all; returns its path."""
         path = Path(directory) / MANIFEST
-        text = json.dumps({**to_mapping(self), "digest": self.digest}, indent=1, ensure_ascii=False)
+        first = {"schema_version": self.schema_version, "digest": self.digest}
+        text = json.dumps(first | to_mapping(self), indent=1, ensure_ascii=False)
         write_atomic(path, text.encode() + b"\n")
         return path
 
