@@ -1,5 +1,6 @@
 """Long clips between short ones: the same mix and the same ids wherever the run resumes."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,18 @@ def test_held_out_batches_are_the_same_every_time(dataset: ShardDataset) -> None
     first, second = (clip_batches(dataset, "val", CONFIG, 2) for _ in range(2))
     assert [batch.ids for batch in first] == [batch.ids for batch in second]
     assert len(first) == 2
+
+
+def test_resuming_exactly_at_the_end_of_an_epoch(dataset: ShardDataset) -> None:
+    config = dataclasses.replace(CONFIG, batch_size=9)
+
+    def read(start: int, count: int) -> list[tuple[str, ...]]:
+        feed = clip_feed(dataset, config, seed=3)
+        return [batch.ids for batch in itertools.islice(feed.open(start), count)]
+
+    clips = 9 * (20 - 4 + 1)
+    steps = clips // 9
+    whole = read(0, steps + 3)
+    assert len({name for batch in whole[:steps] for name in batch}) == clips, "every clip once"
+    assert read(steps, 3) == whole[steps:]
+    assert whole[steps : steps + 3] != whole[:3], "another epoch, another order"

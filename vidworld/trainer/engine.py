@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,7 +121,10 @@ class PlainEngine:
         self.optim = optim
         self.names = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in self.names]
-        self.module: nn.Module = self.accelerator.prepare(task)
+        with warnings.catch_warnings():
+            # broadcast_buffers has a successor in new releases of torch only.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.module: nn.Module = self.accelerator.prepare(task)
         # After the move: the optimizers must hold the parameters that are trained.
         self.optimizers = build_optimizers(self.names, optim, matrices)
         self.autocast = autocast_of(config, self.device)
