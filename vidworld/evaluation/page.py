@@ -15,22 +15,33 @@ from vidworld.evaluation.metrics import psnr
 from vidworld.evaluation.plots import Line, Panel, draw
 from vidworld.evaluation.report import Card, Report
 from vidworld.evaluation.study import Clip, Study
+from vidworld.evaluation.windows import Window
 from vidworld.world.spec import WorldSpec
 
 STRIP_COLUMNS = 8
+RATIO_TARGET = 1.2
+TABLE_FRAMES = (1, 8, 16, 48)
+"""Frames of the horizon in the table of proprioception, beside the last one."""
+
 MOST_DIMENSIONS = 12
 """Proprioception curves drawn at most."""
 
+CLIP_HEIGHT = 192
+IMAGINED_COLOR = (245, 158, 11)
+IMAGINED_BAR = 4
+"""Colour, and height in pixels, of the bar over imagined frames."""
+
+ACTION_WORDS = {"shuffled": "another window's", "mean": "recorded mean", "late": "one frame late"}
+
 HOW_TO_READ = (
-    "Every rollout starts from a few recorded frames of an episode that was not trained on, and then sees "
-    "only the recorded actions. PSNR (in dB, more is better) compares each imagined frame with the recorded "
-    "one. Two lines frame it: holding the last known frame, which a useful model must beat, and the recorded "
-    "frame passed through the tokenizer, which no model on it can beat.\n\n"
-    "A blurry average scores well in PSNR. So look at single samples first, and at the pixel mean of the "
-    "samples only beside them; the last table says in numbers whether rollouts end blurred, grey or frozen."
-    "\n\n"
-    "The same windows are also rolled out with wrong actions and the same noise. If that makes the error no "
-    "larger (ratio 1), the model does not listen to its actions, however good its pictures look."
+    "Every rollout starts from a few recorded frames and then sees only the recorded actions. PSNR (in "
+    "dB, more is better) compares each imagined frame with the recorded one. Two lines frame it: "
+    "holding the last known frame, which a useful model must beat, and the recorded frame passed "
+    "through the tokenizer, which no model on it can beat.\n\n"
+    "A blurry average scores well in PSNR, so judge by single samples and by the clips; the last table "
+    "says in numbers whether rollouts end grey, blurred or frozen. The same windows are also rolled out "
+    "with wrong actions and the same noise: if that makes the error no larger (ratio 1), the model does "
+    "not listen to its actions, however good its pictures look."
 )
 
 
@@ -45,12 +56,14 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
     )
     report = Report(f"World model on {data['name']}", subtitle)
     report.cards(*_cards(metrics))
+    if metrics["warnings"]:
+        report.section("What to look into")
+        for warning in metrics["warnings"]:
+            report.text(f"{warning[0].upper()}{warning[1:]}.")
     report.section("How to read this", HOW_TO_READ)
-    for warning in metrics["warnings"]:
-        report.text(f"Note: {warning}.")
     _pictures(report, metrics)
-    _actions(report, metrics)
     _clips(report, study, spec, folder)
+    _actions(report, metrics)
     _proprio(report, metrics, study, spec)
     _collapse(report, metrics)
     report.section("Settings")
@@ -64,32 +77,40 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
 def _cards(metrics: Mapping[str, Any]) -> list[Card]:
     summary, frames = metrics["summary"], metrics["settings"]["frames"]
     gains = [int(name.removeprefix("psnr_gain.f")) for name in summary if name.startswith("psnr_gain.")]
-    cards = [
-        Card(
-            f"PSNR gain at frame {horizon}",
-            _number(summary[f"psnr_gain.f{horizon}"], "+.1f", " dB"),
-            "over holding the last frame",
-            good=None if summary[f"psnr_gain.f{horizon}"] is None else summary[f"psnr_gain.f{horizon}"] > 0,
+    cards = []
+    for horizon in gains:
+        gain = summary[f"psnr_gain.f{horizon}"]
+        cards.append(
+            Card(
+                f"PSNR gain at frame {horizon}",
+                _number(gain, "+.1f", " dB"),
+                f"over holding the last frame{_interval(metrics, f'psnr_gain.f{horizon}', '+.1f')}",
+                good=None if gain is None else gain > 0,
+            )
         )
-        for horizon in gains
-    ]
     ratio = summary["shuffle_ratio"]
     cards.append(
         Card(
             "Shuffled / true actions",
             _number(ratio, ".2f", " x"),
-            "pixel error; 1 means that actions are ignored",
-            good=None if ratio is None else ratio >= 1.2,
+            f"pixel error; 1: ignores its actions{_interval(metrics, 'shuffle_ratio', '.2f')}",
+            good=None if ratio is None else ratio >= RATIO_TARGET,
         )
     )
     cards.append(
         Card(
-            f"Sample PSNR at frame {frames}",
+            f"PSNR at frame {frames}",
             _number(summary[f"psnr.f{frames}"], ".1f", " dB"),
-            f"of {_number(summary[f'psnr_bound.f{frames}'], '.1f', ' dB')} that the tokenizer allows",
+            f"held: {_number(summary[f'psnr_copy.f{frames}'], '.1f', '')}, "
+            f"tokenizer's bound: {_number(summary[f'psnr_bound.f{frames}'], '.1f', '')}",
         )
     )
     return cards
+
+
+def _interval(metrics: Mapping[str, Any], name: str, form: str) -> str:
+    interval = metrics["intervals"].get(name)
+    return "" if interval is None else f" (95 %: {interval[0]:{form}} to {interval[1]:{form}})"
 
 
 def _pictures(report: Report, metrics: Mapping[str, Any]) -> None:
@@ -152,9 +173,6 @@ def _pictures(report: Report, metrics: Mapping[str, Any]) -> None:
             )
 
 
-ACTION_WORDS = {"shuffled": "another window's", "mean": "recorded mean", "late": "one frame late"}
-
-
 def _actions(report: Report, metrics: Mapping[str, Any]) -> None:
     rollout = metrics["actions"]["rollout"]
     kinds = [kind for kind in ACTION_WORDS if rollout[kind]]
@@ -187,28 +205,50 @@ def _actions(report: Report, metrics: Mapping[str, Any]) -> None:
 def _clips(report: Report, study: Study, spec: WorldSpec, folder: Path) -> None:
     if not study.clips:
         return
-    report.section("Clips", "The first frames are recorded; then every column goes its own way.")
+    report.section(
+        "Clips", "All columns begin with the same recorded frames. A bar on top marks what is imagined."
+    )
     for number, clip in enumerate(study.clips):
-        name = f"{clip.window.sample.key} from frame {clip.window.start}"
         for v, view in enumerate(spec.views):
+            suffix = f"-{view}" if len(spec.views) > 1 else ""
             rows = {"recorded": clip.truth_TVHWC[:, v], "imagined": clip.samples_MTVHWC[0, :, v]}
             if clip.shuffled_TVHWC is not None:
                 rows["other actions"] = clip.shuffled_TVHWC[:, v]
-            video = media.grid(list(rows.values()), len(rows), labels=list(rows), height=192)
-            last = len(clip.truth_TVHWC) - 1
-            times = [
-                clip.context - 1,
-                *np.linspace(clip.context, last, min(STRIP_COLUMNS, last + 1 - clip.context)).round(),
-            ]
-            times = list(dict.fromkeys(int(time) for time in times))
-            labels = ["known", *(f"+{time - clip.context + 1}" for time in times[1:])]
-            strip = media.strip(rows, times, labels=labels)
-            suffix = f"-{view}" if len(spec.views) > 1 else ""
+            marked = [_marked(rows[name], 0 if name == "recorded" else clip.context) for name in rows]
+            video = media.grid(marked, len(rows), labels=list(rows), height=CLIP_HEIGHT)
+            report.video(video, spec.fps, _caption(clip, v, f"{suffix.replace('-', ', ', 1)}"))
+            if len(clip.samples_MTVHWC) > 1:
+                rows["another sample"] = clip.samples_MTVHWC[1, :, v]
+            strip = _strip(rows, clip.context)
             media.write_png(folder / f"strip-{number}{suffix}.png", strip)
-            found = psnr(clip.samples_MTVHWC[0, -1, v], clip.truth_TVHWC[-1, v])
-            where = f"{name}, {view}" if suffix else name
-            report.video(video, spec.fps, f"{where}; {found:.1f} dB at the end")
-            report.image(strip, f"{where}: frames of the same rollouts")
+            report.image(strip)
+
+
+def _caption(clip: Clip, v: int, view: str) -> str:
+    decibels = psnr(clip.samples_MTVHWC[0, -1, v], clip.truth_TVHWC[-1, v])
+    caption = f"{_named(clip.window)}{view}: {decibels:.1f} dB at the end."
+    if clip.partner is not None and clip.shuffled_TVHWC is not None:
+        caption += f" The other actions are those of {_named(clip.partner)}."
+    return f"{caption} {clip.note}".strip()
+
+
+def _named(window: Window) -> str:
+    return f"{window.sample.key} from frame {window.start}"
+
+
+def _marked(video_THWC: np.ndarray, context: int) -> np.ndarray:
+    """Enlarge a video, and put a bar over all frames from `context` on if it is not 0."""
+    marked = media.enlarge(video_THWC, CLIP_HEIGHT).copy()
+    if context:
+        marked[context:, :IMAGINED_BAR] = IMAGINED_COLOR
+    return marked
+
+
+def _strip(rows: Mapping[str, np.ndarray], context: int) -> np.ndarray:
+    last = len(rows["recorded"]) - 1
+    spaced = np.linspace(context, last, min(STRIP_COLUMNS, last + 1 - context)).round().astype(int).tolist()
+    labels = ["known", *(f"+{time - context + 1}" for time in spaced)]
+    return media.strip(rows, [context - 1, *spaced], labels=labels)
 
 
 def _proprio(report: Report, metrics: Mapping[str, Any], study: Study, spec: WorldSpec) -> None:
@@ -219,23 +259,17 @@ def _proprio(report: Report, metrics: Mapping[str, Any], study: Study, spec: Wor
         clip = study.clips[0]
         report.figure(
             draw(_curves(clip, spec), panel_size=(5.35, 2.2)),
-            f"{clip.window.sample.key} from frame {clip.window.start}: mean of the samples, and the range "
-            "that they span.",
+            f"{_named(clip.window)}: mean of the samples, and the range that they span.",
         )
     for robot, found in metrics["proprio"].items():
         horizons = found["horizons"]
-        rows = [
-            [
-                name,
-                values["unit"],
-                *(cell for pair in zip(values["mae"], values["mae_copy"], strict=True) for cell in pair),
-            ]
-            for name, values in found["dimensions"].items()
-        ]
-        heads = [head for horizon in horizons for head in (f"frame {horizon}", "held")]
+        places = [i for i, h in enumerate(horizons) if h in TABLE_FRAMES or h == horizons[-1]]
         report.table(
-            [robot, "unit", *heads],
-            rows,
+            [robot, "unit", *(head for i in places for head in (f"frame {horizons[i]}", "held"))],
+            [
+                [name, values["unit"], *(values[error][i] for i in places for error in ("mae", "mae_copy"))]
+                for name, values in found["dimensions"].items()
+            ],
             caption="Mean absolute error of the mean of the samples, and of holding the last known value.",
             digits=4,
         )

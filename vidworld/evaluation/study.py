@@ -52,6 +52,8 @@ class Clip:
     """A window to look at, with the context in front of every video."""
 
     window: Window
+    partner: Window | None
+    """Whose actions the shuffled ones are."""
     context: int
     """Known frames in front."""
     contract: ActionContract
@@ -126,9 +128,18 @@ def measure(
                 measured.append(found)
                 gain = float(np.mean([view["gain"][-1] for view in found.views.values()]))
                 if recorded.window in shown:
-                    clips.append(_clip(world.spec, recorded, rolled))
+                    clips.append(_clip(world.spec, recorded, partner, rolled))
                 elif settings.clips and (worst is None or gain < worst[0]):
-                    worst = gain, _clip(world.spec, recorded, rolled, note="the least gain of all others")
+                    worst = (
+                        gain,
+                        _clip(
+                            world.spec,
+                            recorded,
+                            partner,
+                            rolled,
+                            note="The least gain of all windows not shown above.",
+                        ),
+                    )
                 if progress is not None:
                     progress()
         if len(probes) > 1:
@@ -213,11 +224,14 @@ def _appearance(videos_MTHWC: np.ndarray, before_HWC: np.ndarray) -> dict[str, n
     }
 
 
-def _clip(spec: WorldSpec, recorded: Recorded, rolled: Rolled, *, note: str = "") -> Clip:
+def _clip(
+    spec: WorldSpec, recorded: Recorded, partner: Recorded | None, rolled: Rolled, *, note: str = ""
+) -> Clip:
     context_TVHWC = recorded.frames_TVHWC[: recorded.context]
     shuffled_TVHWC = rolled.shuffled_TVHWC
     return Clip(
         recorded.window,
+        None if partner is None else partner.window,
         recorded.context,
         recorded.grounding.contract,
         recorded.frames_TVHWC,

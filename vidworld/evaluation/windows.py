@@ -30,7 +30,7 @@ class Settings:
     split: str = "val"
     """Split of the dataset: val or train."""
     episodes: int | None = None
-    """Episodes, evenly spaced over the split (default: all)."""
+    """Episodes, evenly spaced over those long enough (default: all)."""
     windows_per_episode: int = 4
     """Evenly spaced starts in each episode."""
     context: int = DEFAULT_CONTEXT
@@ -144,8 +144,6 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
     samples = dataset.manifest.samples(settings.split)
     if not samples:
         raise DataError(f"no episodes in split {settings.split!r}", where=dataset.directory)
-    count = min(len(samples), settings.episodes or len(samples))
-    samples = [samples[index] for index in spaced(len(samples) - 1, count)]
     for name in dict.fromkeys(sample.embodiment for sample in samples):
         own = spec.contracts[spec.embodiment_index(name, where=dataset.directory)]
         require_same_robot(own, dataset.manifest.contract(name), where=dataset.directory)
@@ -160,6 +158,9 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
             expected=f"context {settings.context} + {settings.frames} frames",
             fix="take a smaller --frames",
         )
+    too_short = tuple(sample for sample in samples if sample.frames < length)
+    chosen = spaced(len(fitting) - 1, min(len(fitting), settings.episodes or len(fitting)))
+    fitting = [fitting[index] for index in chosen]
     numbered = [
         (sample.embodiment, number, Window(sample, start))
         for sample in fitting
@@ -167,10 +168,7 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
     ]
     order = {name: index for index, name in enumerate(dict.fromkeys(row[0] for row in numbered))}
     numbered.sort(key=lambda row: (order[row[0]], row[1]))
-    return Plan(
-        tuple(window for *_, window in numbered),
-        tuple(sample for sample in samples if sample.frames < length),
-    )
+    return Plan(tuple(window for *_, window in numbered), too_short)
 
 
 def spaced(last: int, count: int) -> list[int]:
