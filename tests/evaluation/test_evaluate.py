@@ -28,7 +28,7 @@ def test_the_report_is_whole_and_stands_alone(report, planar_data):
     page = (report / "report.html").read_text()
     shown = [
         "PSNR gain at frame 8", "8 windows of 4 episodes", "These are episodes that were trained on.",
-        "shoulder", "rad", "The other actions are those of planar-"
+        "shoulder", "rad", "The other actions are those of planar-",
         "The least gain of all windows",
     ]  # fmt: skip
     assert [words for words in shown if words not in page] == []

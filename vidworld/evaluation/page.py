@@ -216,10 +216,11 @@ def _clips(report: Report, study: Study, spec: WorldSpec, folder: Path) -> None:
                 rows["other actions"] = clip.shuffled_TVHWC[:, v]
             marked = [_marked(rows[name], 0 if name == "recorded" else clip.context) for name in rows]
             video = media.grid(marked, len(rows), labels=list(rows), height=CLIP_HEIGHT)
-            report.video(video, spec.fps, _caption(clip, v, f"{suffix.replace('-', ', ', 1)}"))
-            if len(clip.samples_MTVHWC) > 1:
-                rows["another sample"] = clip.samples_MTVHWC[1, :, v]
-            strip = _strip(rows, clip.context)
+            report.video(video, spec.fps, _caption(clip, v, suffix and f", {view}"))
+            others = {"another sample": clip.samples_MTVHWC[1, :, v]} if len(clip.samples_MTVHWC) > 1 else {}
+            strip = _strip(
+                {name: rows[name] for name in ("recorded", "imagined")} | others | rows, clip.context
+            )
             media.write_png(folder / f"strip-{number}{suffix}.png", strip)
             report.image(strip)
 
@@ -301,9 +302,9 @@ def _collapse(report: Report, metrics: Mapping[str, Any]) -> None:
     }
     report.section("Does it hold to the end?")
     report.table(
-        ["last frames", "rollout / truth", "tokenizer / truth", "meaning"],
+        ["last frames", "what it is", "rollout / truth", "tokenizer / truth"],
         [
-            [name, collapse[name]["ratio"], collapse[name]["ratio_bound"], meaning]
+            [name, meaning, collapse[name]["ratio"], collapse[name]["ratio_bound"]]
             for name, meaning in meanings.items()
         ],
         caption=f"Looks of the last {collapse['last_frames']} frames of single samples against what was "

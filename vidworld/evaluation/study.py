@@ -6,8 +6,11 @@ S proprio dims. Frame t of the horizon is counted from 1 in tables.
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,9 @@ from vidworld.world.world import WorldModel
 
 ROWS_AT_ONCE = {"cuda": 128}
 ROWS_AT_ONCE_ELSEWHERE = 32
+VIDEO_BYTES = 2**30
+MOST_THREADS = 8
+
 DENOISING_CLIPS = 32
 """Clips of an embodiment at most for the denoising loss under wrong actions."""
 
@@ -42,6 +48,8 @@ DENOISING_LEVELS = (0.0, 0.5)
 
 LOOKS = ("contrast", "sharpness", "motion")
 """What a rollout loses when it collapses, each explained at `_appearance`."""
+
+WORST = "The least gain of all windows not shown above."
 
 FRAMES_A_CLIP = 8
 """A clip of the denoising loss takes the room of about so many rows of a rollout."""
@@ -82,6 +90,11 @@ class Measured:
     proprio: dict[str, dict[str, Any]]
     """Dimension -> what `proprio_metrics` gives."""
 
+    @property
+    def last_gain(self) -> float:
+        """PSNR above that of the last known frame, at the end of the horizon, in dB."""
+        return float(np.mean([found["gain"][-1] for found in self.views.values()]))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -105,48 +118,56 @@ def measure(
 ) -> Study:
     """Roll the world out from every window and compare; `progress` is called after every window."""
     plan = plan or plan_windows(dataset, world.spec, settings)
-    shown = {plan.windows[i] for i in spaced(len(plan.windows) - 1, min(settings.clips, len(plan.windows)))}
-    shown = shown if settings.clips else set()
-    batch = settings.batch or ROWS_AT_ONCE.get(world.device.type, ROWS_AT_ONCE_ELSEWHERE)
+    shown = _shown(plan, settings.clips)
+    batch = settings.batch or _rows_at_once(world, settings)
     measured: list[Measured] = []
     clips: list[Clip] = []
     denoising: dict[str, dict[str, float]] = {}
     worst: tuple[float, Clip] | None = None
-    for embodiment in plan.embodiments:
-        windows = plan.of(embodiment)
-        probed = {windows[i] for i in spaced(len(windows) - 1, min(DENOISING_CLIPS, len(windows)))}
-        probes: list[_Probe] = []
-        paired = pairs(dataset, world.spec, settings, windows)
-        while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
-            rollouts = roll_out(world, settings, chunk, first=len(measured), batch=batch, shown=shown)
-            for (recorded, partner), rolled in zip(chunk, rollouts, strict=True):
-                latents_TVChw, bound_TVHWC = through_tokenizer(world, recorded.frames_TVHWC)
-                if recorded.window in probed:
-                    probes.append(_Probe(latents_TVChw.cpu(), recorded))
-                bound_TVHWC = bound_TVHWC[settings.context :]
-                found = _compare(world.spec, settings, recorded, partner, rolled, bound_TVHWC)
-                measured.append(found)
-                gain = float(np.mean([view["gain"][-1] for view in found.views.values()]))
-                if recorded.window in shown:
-                    clips.append(_clip(world.spec, recorded, partner, rolled))
-                elif settings.clips and (worst is None or gain < worst[0]):
-                    worst = (
-                        gain,
-                        _clip(
-                            world.spec,
-                            recorded,
-                            partner,
-                            rolled,
-                            note="The least gain of all windows not shown above.",
-                        ),
-                    )
-                if progress is not None:
-                    progress()
-        if len(probes) > 1:
-            denoising[embodiment] = _denoising(world, settings, probes, max(2, batch // FRAMES_A_CLIP))
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for embodiment in plan.embodiments:
+            windows = plan.of(embodiment)
+            probed = {windows[i] for i in spaced(len(windows) - 1, min(DENOISING_CLIPS, len(windows)))}
+            probes: list[_Probe] = []
+            paired = pairs(dataset, world.spec, settings, windows)
+            while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
+                rollouts = roll_out(world, settings, chunk, first=len(measured), batch=batch, shown=shown)
+                encoded = [through_tokenizer(world, recorded.frames_TVHWC) for recorded, _ in chunk]
+                compared = pool.map(partial(_compare, world.spec, settings), chunk, rollouts, encoded)
+                for pair, rolled, (latents_TVChw, _), found in zip(
+                    chunk, rollouts, encoded, compared, strict=True
+                ):
+                    measured.append(found)
+                    if found.window in probed:
+                        probes.append(_Probe(latents_TVChw.cpu(), pair[0]))
+                    if found.window in shown:
+                        clips.append(_clip(world.spec, *pair, rolled))
+                    elif settings.clips and (worst is None or found.last_gain < worst[0]):
+                        worst = found.last_gain, _clip(world.spec, *pair, rolled, note=WORST)
+                    if progress is not None:
+                        progress()
+            if len(probes) > 1:
+                denoising[embodiment] = _denoising(world, settings, probes, max(2, batch // FRAMES_A_CLIP))
     if worst is not None:
         clips.append(worst[1])
     return Study(plan, tuple(measured), denoising, tuple(clips))
+
+
+def _rows_at_once(world: WorldModel, settings: Settings) -> int:
+    """Rollouts side by side, so that their videos stay below a bound."""
+    spec = world.spec
+    row_bytes = 3 * settings.frames * len(spec.views) * spec.height * spec.width
+    most = ROWS_AT_ONCE.get(world.device.type, ROWS_AT_ONCE_ELSEWHERE)
+    return max(1, min(most, VIDEO_BYTES // row_bytes))
+
+
+def _shown(plan: Plan, count: int) -> set[Window]:
+    """Windows to show, spread over the episodes and over their length."""
+    if not count:
+        return set()
+    keys = list(dict.fromkeys(window.sample.key for window in plan.windows))
+    nested = sorted(plan.windows, key=lambda window: (keys.index(window.sample.key), window.start))
+    return {nested[index] for index in spaced(len(nested) - 1, min(count, len(nested)))}
 
 
 @dataclass(frozen=True)
@@ -158,11 +179,11 @@ class _Probe:
 def _compare(
     spec: WorldSpec,
     settings: Settings,
-    recorded: Recorded,
-    partner: Recorded | None,
+    pair: tuple[Recorded, Recorded | None],
     rolled: Rolled,
-    bound_TVHWC: np.ndarray,
+    encoded: tuple[Tensor, np.ndarray],
 ) -> Measured:
+    (recorded, partner), bound_TVHWC = pair, encoded[1][settings.context :]
     at_horizons = [horizon - 1 for horizon in settings.horizons]
     views, wrong = {}, {}
     for v, view in enumerate(spec.views):

@@ -22,8 +22,11 @@ PICTURE_METRICS = (
     "ssim", "ssim_copy", "ssim_bound", "crps", "mse", "mse_copy",
 )  # fmt: skip
 
-COLLAPSED = {"contrast": 0.6, "sharpness": 0.4, "motion": 0.3}
-"""Below these shares of what the tokenizer shows, a rollout has collapsed."""
+COLLAPSED = {"contrast": (0.6, "grey"), "sharpness": (0.4, "blurred"), "motion": (0.3, "frozen")}
+"""Below these shares of what the tokenizer shows a rollout has collapsed, and into what."""
+
+NOISY = {"sharpness": (2.5, "noisy"), "motion": (3.0, "flickering")}
+"""And above these."""
 
 RATIO_ALARM = 1.05
 BOOTSTRAP_DRAWS = 2000
@@ -191,11 +194,14 @@ def _warnings(
         warnings.append("there is but one window, so actions could not be shuffled")
     elif ratio < RATIO_ALARM:
         warnings.append(f"wrong actions hardly make the rollout worse ({ratio:.2f} x): it ignores them")
-    words = {"contrast": "grey", "sharpness": "blurred", "motion": "frozen"}
-    for name, least in COLLAPSED.items():
-        share, bound = collapse[name]["ratio"], collapse[name]["ratio_bound"]
-        if share is not None and bound and share < least * bound:
-            warnings.append(f"the rollout ends {words[name]}: its {name} is {share:.2f} of the truth's")
+    for name, (bound, word) in [*COLLAPSED.items(), *NOISY.items()]:
+        share, possible = collapse[name]["ratio"], collapse[name]["ratio_bound"]
+        if (
+            share is not None
+            and possible
+            and (share < bound * possible if bound < 1 else share > bound * possible)
+        ):
+            warnings.append(f"the rollout ends {word}: its {name} is {share:.2f} x the truth's")
     same = [one for one in study.measured if one.partner and one.partner.sample == one.window.sample]
     if same:
         warnings.append(f"{len(same)} windows were given actions of the same episode as the shuffled ones")
