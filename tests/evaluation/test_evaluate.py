@@ -46,7 +46,7 @@ def test_metrics_say_what_was_measured(report, planar_data):
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["settings"]["frames"] == 8
     assert metrics["data"]["digest"] == Manifest.read(planar_data).digest
-    assert metrics["data"]["trained_on"] is True
+    assert metrics["data"]["same_as_trained_on"] is True
     assert metrics["pictures"]["all"]["horizons"] == [1, 2, 4, 8]
     assert len(metrics["curve"]["mean"]["psnr"]) == 8
     assert len(metrics["windows"]) == metrics["data"]["windows"] == 8

@@ -115,13 +115,13 @@ def _measure(
         "kind": "evaluation",
         "schema_version": SCHEMA_VERSION,
         **{name: found.pop(name) for name in ("summary", "intervals", "warnings")},
-        "settings": to_mapping(settings_only(settings)),
+        "settings": to_mapping(_settings_only(settings)),
         "sampler": to_mapping(settings.sampler(spec.sampler)),
         "world": {
             **origin,
             "digest": spec.digest,
             "tokenizer_digest": spec.tokenizer_digest or world.tokenizer.digest,
-            "trained_on": spec.dataset_digest,
+            "dataset_digest": spec.dataset_digest,
             "views": list(spec.views),
             "height": spec.height,
             "width": spec.width,
@@ -132,7 +132,7 @@ def _measure(
             "directory": str(dataset_dir),
             "name": manifest.name,
             "digest": manifest.digest,
-            "trained_on": manifest.digest == spec.dataset_digest,
+            "same_as_trained_on": manifest.digest == spec.dataset_digest,
             "contracts": {name: manifest.contract(name).digest for name in plan.embodiments},
             **_described(plan),
         },
@@ -150,7 +150,7 @@ def _measure(
     return _plain(metrics), study
 
 
-def settings_only(settings: Settings) -> Settings:
+def _settings_only(settings: Settings) -> Settings:
     """The settings of a study without those of the command."""
     names = Settings.__dataclass_fields__
     return Settings(**{name: getattr(settings, name) for name in names})
