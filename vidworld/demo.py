@@ -58,7 +58,7 @@ class DemoOptions:
     episodes: int = 240
     """Simulated episodes, or the most that are taken from your logs."""
     tokenizer_minutes: float = 1.6
-    world_minutes: float = 5.5
+    world_minutes: float = 6.0
     frames: int = 24
     """Frames that are imagined after a context of 4."""
     seed: int = 0
@@ -158,7 +158,7 @@ def _write_configs(options: DemoOptions, data: Path) -> None:
             "num_registers": 1,
         },
         "objective": {"finest_steps": 8},
-        "sampler": {"steps": 2},
+        "sampler": {"steps": 1},
         "loader": {"clip_frames": 8, "batch_size": 8, "workers": 0},
         "optim": {"lr": 1.5e-3, "muon_lr": 0.02, "warmup_steps": 50, "decay_fraction": 0.35},
         "loop": {"minutes": options.world_minutes, "ema_decay": 0.99, "log_every": 50},
