@@ -175,6 +175,7 @@ def encode_mp4(frames_THWC: np.ndarray, fps: float) -> bytes:
             stream.codec_context.thread_count = 1
             stream.options = {
                 "crf": "16",
+                "x264-params": "mbtree=0:rc-lookahead=0:weightp=0",
                 "preset": "medium",
                 "flags": "+bitexact",
                 "g": str(max(1, round(fps))),
