@@ -12,10 +12,10 @@ import numpy as np
 
 from vidworld import media
 from vidworld.evaluation.metrics import psnr
-from vidworld.evaluation.plots import Line, Panel, draw
-from vidworld.evaluation.report import Card, Report
 from vidworld.evaluation.study import Clip, Study
 from vidworld.evaluation.windows import Window
+from vidworld.page import Card, Report
+from vidworld.plots import Line, Panel, draw
 from vidworld.world.spec import WorldSpec
 
 STRIP_COLUMNS = 8

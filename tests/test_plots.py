@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidworld.evaluation.plots import COLORS, FLOOR_COLOR, Line, Panel, draw, to_png, to_svg
+from vidworld.plots import COLORS, FLOOR_COLOR, Line, Panel, draw, to_png, to_svg
 
 
 @pytest.fixture

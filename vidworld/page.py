@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from vidworld import __version__, media
-from vidworld.evaluation import plots
+from vidworld import __version__, media, plots
 
 Cell = str | int | float | None
 

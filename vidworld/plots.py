@@ -20,7 +20,7 @@ FLOOR_COLOR = "#94a3b8"
 _PAGE_COLOR = "#010203"
 """Stands for the page's own text colour until the figure is put into a page."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -85,7 +85,7 @@ def draw(
     rows = math.ceil(len(panels) / columns)
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines if not line.floor))
     colors = {label: COLORS[index % len(COLORS)] for index, label in enumerate(labels)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(columns * panel_size[0], rows * panel_size[1] + 0.4), layout="constrained")
         handles: dict[str, Any] = {}
         floors: dict[str, str] = {}
@@ -119,7 +119,7 @@ def draw(
 def to_svg(figure: Figure, prefix: str) -> str:
     """The figure as an SVG element to put into a page; `prefix` keeps its ids apart from other figures'."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_PAGE_COLOR, "currentColor")
@@ -130,7 +130,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def to_png(figure: Figure, *, dots_per_inch: int = 144) -> bytes:
     """The figure as PNG, dark on white."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(
             buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None}
         )

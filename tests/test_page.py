@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vidworld import media
-from vidworld.evaluation.plots import Line, Panel, draw
-from vidworld.evaluation.report import Card, Report
+from vidworld.page import Card, Report
+from vidworld.plots import Line, Panel, draw
 
 
 class Page(HTMLParser):
