@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Sample, Shard, write_atomic
+from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Sample, Shard
 from vidworld.errors import ContractError, DataError, UserError
 
 
@@ -212,30 +208,3 @@ def test_latents_must_fit_the_tokenizer(manifest):
 
 def test_sample_defaults():
     assert Sample("a", 1, "toy", "0").text == ""
-
-
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, b"new")
-    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"old"]
-
-
-def test_killed_write_keeps_the_old_file(tmp_path):
-    """SIGKILL between the temporary file and the rename, in a real process."""
-    write_atomic(tmp_path / "file", b"old")
-    script = (
-        "import os, signal, sys, pathlib; from vidworld.data.manifest import write_atomic;"
-        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
-        "write_atomic(pathlib.Path(sys.argv[1]), b'new' * 100000)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")])
-    assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert all(entry.name.endswith(".partial") for entry in tmp_path.iterdir() if entry.name != "file")

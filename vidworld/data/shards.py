@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from vidworld.data.manifest import NAME_PATTERN, Manifest, Sample, Shard, sync_directory
+from vidworld.data.manifest import NAME_PATTERN, Manifest, Sample, Shard
 from vidworld.data.tar_reader import MEMBER_PATTERN, MemberReader, OpenShard, damaged, open_shard, unreadable
 from vidworld.data.video import VIDEO_SUFFIX, decode_video
 from vidworld.errors import DataError, require
+from vidworld.files import PARTIAL_SUFFIX, sync_directory
 
 TABLES = ("actions.npy", "proprio.npy", "timestamps.npy", "meta.json")
 """Member suffixes that every sample has, next to one per view."""
-PARTIAL_SUFFIX = ".partial"
-"""Ends the hidden name of a shard that is still being written."""
 MAX_MEMBER_NAME = 100
 """Of the plainest tar header (ustar), which every reader knows."""
 

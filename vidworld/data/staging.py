@@ -11,7 +11,6 @@ A killed conversion leaves no manifest of its own and loses at most the shard it
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from vidworld.config import from_mapping, to_mapping
-from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Shard, sync_directory, write_atomic
+from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Shard
 from vidworld.errors import ConfigError, DataError
+from vidworld.files import sha256_of, sync_directory, write_atomic
 
 LOCK = ".vidworld.lock"
 STAGING = ".partial"
@@ -110,8 +110,7 @@ class Staging:
         path = self.locate(shard)
         if path is None or path.stat().st_size != shard.bytes:
             return False
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        return sha256_of(path) == shard.sha256
 
 
 def existing(out: Path, identity: Mapping[str, Any]) -> Manifest | None:

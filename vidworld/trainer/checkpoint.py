@@ -9,7 +9,6 @@ bit that flips later is found before anything is loaded. Nothing here is a pickl
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vidworld.errors import CheckpointError
+from vidworld.files import sha256_of, sync_directory, sync_file, write_atomic
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -111,10 +111,9 @@ class CheckpointStore:
             _write_tensors(staging / "ema.safetensors", snapshot.ema)
             reached("ema")
             state = {"step": snapshot.step, **snapshot.state}
-            _write_text(staging / STATE, json.dumps(state, indent=1))
+            write_atomic(staging / STATE, json.dumps(state, indent=1).encode())
             reached("state")
-            _write_text(staging / MANIFEST, json.dumps(_manifest(staging), indent=1))
-            _sync_directory(staging)
+            write_atomic(staging / MANIFEST, json.dumps(_manifest(staging), indent=1).encode())
             reached("manifest")
             self._publish(staging, self._free(final), reached)
             self._prune()
@@ -156,12 +155,9 @@ class CheckpointStore:
 
     def _publish(self, staging: Path, final: Path, reached: Callable[[str], None]) -> None:
         staging.rename(final)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         reached("renamed")
-        pointer = self.directory / f"{LATEST}.new"
-        _write_text(pointer, final.name + "\n")
-        pointer.rename(self.directory / LATEST)
-        _sync_directory(self.directory)
+        write_atomic(self.directory / LATEST, f"{final.name}\n".encode())
         reached("latest")
 
     def _prune(self) -> None:
@@ -197,7 +193,7 @@ def verify(directory: Path) -> Saved:
         path = directory / name
         if not path.is_file():
             raise CheckpointError("checkpoint file is missing", where=path)
-        found = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        found = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         if found != expected:
             raise CheckpointError(
                 "checkpoint file is damaged",
@@ -244,38 +240,17 @@ def _write_tensors(path: Path, tensors: Tensors, groups: Mapping[str, Any] | Non
     save_file(
         copies, path, metadata=None if groups is None else {"groups": json.dumps(groups, sort_keys=True)}
     )
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
     paths = sorted(directory.iterdir())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     return {"version": 1, "files": files, "digest": _digest(files)}
 
 
 def _digest(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
