@@ -65,8 +65,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Turn a config dataclass into plain JSON values, every field included."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=_plain))
+    """Turn a config dataclass into plain JSON values, every field included.
+
+    A field with `metadata={"omit_default": True}` is left out while it has its default: so a new one does not
+    change the digest of what was written before it existed.
+    """
+    return json.loads(json.dumps(_fields_of(config), default=_plain))
 
 
 def to_yaml(config: Any) -> str:
@@ -105,6 +109,19 @@ def _one_line(box: str) -> str:
     words = re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", box)
     words = re.sub(r"For full helptext.*", "", words, flags=re.DOTALL)
     return " ".join(words.split()) or "the arguments could not be parsed"
+
+
+def _fields_of(value: Any) -> Any:
+    """Dataclasses as mappings, however deep they lie."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _fields_of(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if not (field.metadata.get("omit_default") and getattr(value, field.name) == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _fields_of(inner) for key, inner in value.items()}
+    return [_fields_of(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,8 @@ class Dimension:
     unit: str = "unknown"
     """SI unit such as `rad`, `rad/s`, `m`; `1` for a ratio; `unknown` when the source does not say."""
     kind: Kind = "unknown"
+    rotation: str = dataclasses.field(default="", metadata={"omit_default": True})
+    """The representation, such as `rot6d`, of a rotation that this and its neighbours make up together."""
 
 
 @dataclass(frozen=True)
