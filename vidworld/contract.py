@@ -129,6 +129,13 @@ class ActionContract:
         """Offset and scale [S] float32: normalised = (proprio - offset) / scale."""
         return _scaling(self.proprio, self.proprio_statistics)
 
+    @property
+    def accepted_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest action [A] that `check_actions` lets through: as recorded, and half that range."""
+        low, high = np.array(self.action_statistics.minimum), np.array(self.action_statistics.maximum)
+        margin = RANGE_MARGIN * (high - low) + 1e-6 + 1e-3 * np.maximum(np.abs(low), np.abs(high))
+        return low - margin, high + margin
+
     def constant_actions(self) -> list[str]:
         """Names of action dimensions that never changed in the data: the model cannot know their effect."""
         low, high = self.action_statistics.minimum, self.action_statistics.maximum
@@ -179,18 +186,18 @@ class ActionContract:
                 )
 
     def _check_range(self, actions: np.ndarray, where: object) -> None:
-        low, high = np.array(self.action_statistics.minimum), np.array(self.action_statistics.maximum)
-        margin = RANGE_MARGIN * (high - low) + 1e-6 + 1e-3 * np.maximum(np.abs(low), np.abs(high))
-        wrong = (actions < low - margin) | (actions > high + margin)
+        lowest, highest = self.accepted_range
+        wrong = (actions < lowest) | (actions > highest)
         if not wrong.any():
             return
         *rows, dimension = (int(index[0]) for index in np.nonzero(wrong))
         named = self.action[dimension]
+        low, high = self.action_statistics.minimum[dimension], self.action_statistics.maximum[dimension]
         raise ContractError(
             f"action {named.name!r} out of range at step {rows[-1] if rows else 0}",
             where=where,
             got=f"{float(actions[(*rows, dimension)]):.4g} {named.unit}",
-            expected=f"{low[dimension]:.4g} to {high[dimension]:.4g} {named.unit} (as recorded, +- half)",
+            expected=f"{low:.4g} to {high:.4g} {named.unit} (as recorded, +- half)",
             fix="give raw commands in the contract's units, or pass --allow-out-of-range",
         )
 
