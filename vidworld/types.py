@@ -51,6 +51,16 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the pictures of an embodiment look: its cameras in order, their size in pixels, frames a second."""
+
+    views: tuple[str, ...]
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True)
 class EmbodimentSpec:
     """An action contract before its statistics are known: what a source declares."""
 
@@ -138,7 +148,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips as the loader gives them: raw units, padded to the widest embodiment.
+    """Clips as the loader gives them: raw units, padded to the widest embodiment (also views and pictures).
 
     Exactly one of `video_BTVCHW` (uint8) and `latents_BTVChw` (float16, normalised) is present.
     """
@@ -154,15 +164,20 @@ class Batch:
 
     def to(self, device: "torch.device | str", *, non_blocking: bool = False) -> "Batch":
         """Move every tensor."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking), self.ids)
 
-        def move(tensor: "Tensor | None") -> "Tensor | None":
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+    def rows(self, rows: "Sequence[int]") -> "Batch":
+        """Some of the clips."""
+        rows = list(rows)
+        return self._map(lambda tensor: tensor[rows], tuple(self.ids[row] for row in rows))
 
+    def _map(self, function: "Callable[[Tensor], Tensor]", ids: tuple[str, ...]) -> "Batch":
+        video, latents = self.video_BTVCHW, self.latents_BTVChw
         return Batch(
-            ids=self.ids,
-            actions_BTA=self.actions_BTA.to(device, non_blocking=non_blocking),
-            proprio_BTS=self.proprio_BTS.to(device, non_blocking=non_blocking),
-            embodiment_B=self.embodiment_B.to(device, non_blocking=non_blocking),
-            video_BTVCHW=move(self.video_BTVCHW),
-            latents_BTVChw=move(self.latents_BTVChw),
+            ids=ids,
+            actions_BTA=function(self.actions_BTA),
+            proprio_BTS=function(self.proprio_BTS),
+            embodiment_B=function(self.embodiment_B),
+            video_BTVCHW=None if video is None else function(video),
+            latents_BTVChw=None if latents is None else function(latents),
         )

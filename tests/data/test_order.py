@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidworld.data.order import ClipOrder, OrderKey, _keys, permute, rank_slice
+from vidworld.data.order import ClipOrder, OrderKey, stream_keys, permute, rank_slice
 from vidworld.errors import ConfigError, DataError
 
 KEY = OrderKey(
@@ -193,7 +193,7 @@ def test_permute_reaches_large_domains_and_mixed_lengths() -> None:
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_all_permutations_of_few_clips_are_equally_likely(length: int) -> None:
     count = 20_000
-    keys = np.repeat(_keys(np.array([5], np.uint64), count), length)
+    keys = np.repeat(stream_keys(np.array([5], np.uint64), count), length)
     rows = permute(np.tile(np.arange(length), count), np.full(count * length, length), keys)
     codes = rows.reshape(count, length) @ (length ** np.arange(length))
     _, seen = np.unique(codes, return_counts=True)

@@ -16,11 +16,59 @@ class Clip:
 
     start: int
     arrays: EpisodeArrays
+    embodiment: int
+    """Index into the contracts of what is read: a dataset or a mixture."""
 
     @property
     def id(self) -> str:
         """How batches and reports name it."""
         return f"{self.arrays.key}@{self.start}"
+
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """View -> video or latents, in the order of the dataset's views."""
+        return self.arrays.video or self.arrays.latents or {}
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """What a stack of clips holds: clips of fewer views, smaller pictures or fewer dimensions are padded."""
+
+    kind: str
+    length: int
+    action_dims: int
+    proprio_dims: int
+    views: int
+    picture: tuple[int, ...]
+    """Shape of one view of one frame as it is stored: [H, W, 3] of video, [C, h, w] of latents."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, length: int) -> "ClipFormat":
+        """The format of clips of `length` camera frames of a dataset."""
+        picture = (manifest.height, manifest.width, 3)
+        if manifest.tokenizer is not None:
+            space = int(manifest.tokenizer["spatial_stride"])
+            channels = int(manifest.tokenizer["channels"])
+            picture = (channels, manifest.height // space, manifest.width // space)
+        return cls(
+            kind=manifest.kind,
+            length=length,
+            action_dims=max(len(contract.action) for contract in manifest.contracts),
+            proprio_dims=max(len(contract.proprio) for contract in manifest.contracts),
+            views=len(manifest.views),
+            picture=picture,
+        )
+
+    @classmethod
+    def widest(cls, formats: "Sequence[ClipFormat]") -> "ClipFormat":
+        """The smallest format that holds them all."""
+        return replace(
+            formats[0],
+            action_dims=max(one.action_dims for one in formats),
+            proprio_dims=max(one.proprio_dims for one in formats),
+            views=max(one.views for one in formats),
+            picture=tuple(map(max, *(one.picture for one in formats), (0, 0, 0))),
+        )
 
 
 class ClipReader:
@@ -31,51 +79,65 @@ class ClipReader:
 
     def __init__(self, dataset: ShardDataset, length: int, cache_bytes: int) -> None:
         manifest = dataset.manifest
-        self.dataset, self.length = dataset, length
+        self.dataset, self.length, self.format = dataset, length, ClipFormat.of(manifest, length)
         self._cache = _EpisodeCache(dataset, cache_bytes) if cache_bytes else None
-        self._views, self._kind, self._time_stride = manifest.views, manifest.kind, time_stride(manifest)
+        self._time_stride = time_stride(manifest)
         index = {contract.embodiment: place for place, contract in enumerate(manifest.contracts)}
         self._embodiment_of = {sample.key: index[sample.embodiment] for sample in manifest.samples()}
-        self._action_dims = max(len(contract.action) for contract in manifest.contracts)
-        self._proprio_dims = max(len(contract.proprio) for contract in manifest.contracts)
+
+    def keys(self, split: str) -> list[str]:
+        """Names of the samples that an order counts."""
+        return [sample.key for sample in self.dataset.manifest.samples(split)]
 
     def read(self, key: str, start: int) -> Clip:
         """One clip. Raises DataError when it cannot be read."""
         if self._cache is None:
-            return Clip(start, self.dataset.read_clip(key, start, self.length))
-        return Clip(start, _window(self._cache.get(key), start, self.length, self._time_stride))
+            arrays = self.dataset.read_clip(key, start, self.length)
+        else:
+            arrays = _window(self._cache.get(key), start, self.length, self._time_stride)
+        return Clip(start, arrays, self._embodiment_of[key])
 
     def stack(self, clips: Sequence[Clip]) -> dict[str, np.ndarray]:
-        """Arrays named as in `types.Batch`; actions and proprioception padded with zeros to the widest."""
-        actions = np.zeros((len(clips), self.length, self._action_dims), np.float32)
-        proprio = np.zeros((len(clips), self.length, self._proprio_dims), np.float32)
-        for row, clip in enumerate(clips):
-            actions[row, :, : clip.arrays.actions_TA.shape[1]] = clip.arrays.actions_TA
-            proprio[row, :, : clip.arrays.proprio_TS.shape[1]] = clip.arrays.proprio_TS
-        embodiments = [self._embodiment_of[clip.arrays.key] for clip in clips]
-        batch = {
-            "actions_BTA": actions,
-            "proprio_BTS": proprio,
-            "embodiment_B": np.array(embodiments, np.int64),
-        }
-        pictures = self._stack_views([clip.arrays.video or clip.arrays.latents or {} for clip in clips])
-        match self._kind:
-            case "latents":
-                return batch | {"latents_BTVChw": pictures}
-            case "video":
-                # Channels last in memory, as decoded: turning the axes is free, and convolutions like it.
-                return batch | {"video_BTVCHW": pictures.transpose(0, 1, 2, 5, 3, 4)}
-            case _:
-                raise AssertionError(self._kind)
+        """Arrays named as in `types.Batch`."""
+        return stack(clips, self.format)
 
-    def _stack_views(self, clips: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
-        """Arrays [T, ...] per clip and view -> [B, T, V, ...], views in the manifest's order."""
-        first = clips[0][self._views[0]]
-        stacked = np.empty((len(clips), len(first), len(self._views), *first.shape[1:]), first.dtype)
-        for row, clip in enumerate(clips):
-            for column, view in enumerate(self._views):
-                stacked[row, :, column] = clip[view]
-        return stacked
+
+def stack(clips: Sequence[Clip], form: ClipFormat) -> dict[str, np.ndarray]:
+    """Arrays named as in `types.Batch`; all that a clip does not have is padded with zeros at the end."""
+    actions = np.zeros((len(clips), form.length, form.action_dims), np.float32)
+    proprio = np.zeros((len(clips), form.length, form.proprio_dims), np.float32)
+    for row, clip in enumerate(clips):
+        actions[row, :, : clip.arrays.actions_TA.shape[1]] = clip.arrays.actions_TA
+        proprio[row, :, : clip.arrays.proprio_TS.shape[1]] = clip.arrays.proprio_TS
+    batch = {
+        "actions_BTA": actions,
+        "proprio_BTS": proprio,
+        "embodiment_B": np.array([clip.embodiment for clip in clips], np.int64),
+    }
+    pictures = _stack_pictures([clip.pictures for clip in clips], form)
+    match form.kind:
+        case "latents":
+            return batch | {"latents_BTVChw": pictures}
+        case "video":
+            # Channels last in memory, as decoded: turning the axes is free, and convolutions like it.
+            return batch | {"video_BTVCHW": pictures.transpose(0, 1, 2, 5, 3, 4)}
+        case _:
+            raise AssertionError(form.kind)
+
+
+def _stack_pictures(clips: Sequence[dict[str, np.ndarray]], form: ClipFormat) -> np.ndarray:
+    """Arrays [T, ...] per clip and view -> [B, T, V, ...]."""
+    first = next(iter(clips[0].values()))
+    shape = (len(clips), len(first), form.views, *form.picture)
+    fitting = all(
+        len(clip) == form.views and next(iter(clip.values())).shape[1:] == form.picture for clip in clips
+    )
+    stacked = (np.empty if fitting else np.zeros)(shape, first.dtype)
+    for row, clip in enumerate(clips):
+        for column, frames in enumerate(clip.values()):
+            i, j, k = frames.shape[1:]
+            stacked[row, :, column, :i, :j, :k] = frames
+    return stacked
 
 
 def time_stride(manifest: Manifest) -> int:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vidworld.data.clips import Clip, ClipReader, cache_pays, time_stride
+from vidworld.data.manifest import Manifest
+from vidworld.data.mixture import Mixture, MixtureOrder, MixtureReader
 from vidworld.data.order import ClipOrder, OrderKey, rank_slice
 from vidworld.data.shards import EpisodeArrays, ShardDataset
 from vidworld.errors import ConfigError, DataError
@@ -46,7 +48,8 @@ class LoaderConfig:
     prefetch: int = 2
     """Micro-batches that each worker keeps ready."""
     cache_gb: float = 1.0
-    """Memory for decoded episodes in each reading process; 0 decodes every clip anew."""
+    """Memory for decoded episodes in each reading process, shared alike by the datasets of a mixture; 0
+    decodes every clip anew."""
     max_bad_episodes: int = 0
     """Unreadable episodes that are replaced by other clips before the run stops."""
     timeout_s: float = 300.0
@@ -70,7 +73,7 @@ class LoaderConfig:
 
 
 def make_loader(
-    dataset: ShardDataset,
+    dataset: ShardDataset | Mixture,
     split: str,
     config: LoaderConfig,
     *,
@@ -83,13 +86,15 @@ def make_loader(
 ) -> "Loader":
     """Micro-batches of `rank`, `accumulation` per step, from `start_step` on; endless without `num_steps`.
 
-    Joined by micro-batch and then by rank, the micro-batches of a step are its global batch in order.
+    Of a mixture, clips come in its shares and are padded to the widest dataset; see `mixture.py`. Joined by
+    micro-batch and then by rank, the micro-batches of a step are its global batch in order.
     Raises DataError for a split without a clip, ConfigError for a batch that cannot be shared out.
     """
-    manifest = dataset.manifest
-    _refuse_unaligned(config, time_stride(manifest))
+    parts = [dataset] if isinstance(dataset, ShardDataset) else [part.dataset for part in dataset.parts]
+    for part in parts:
+        _refuse_unaligned(config, time_stride(part.manifest))
     key = OrderKey(
-        manifest_digest=manifest.digest,
+        manifest_digest=dataset.manifest.digest if isinstance(dataset, ShardDataset) else dataset.digest,
         split=split,
         seed=seed,
         batch_size=config.batch_size,
@@ -99,18 +104,29 @@ def make_loader(
         step=start_step,
     )
     slices = _Slices(key, num_steps, rank, world_size, accumulation)
-    cache_bytes = round(config.cache_gb * 2**30)
+    readers = world_size * max(1, config.workers)
+    budget = round(config.cache_gb * 2**30 / len(parts))
+    caches = [_cache_bytes(part.manifest, split, config, readers, budget) for part in parts]
+    if isinstance(dataset, ShardDataset):
+        reader = ClipReader(dataset, config.clip_frames, caches[0])
+        return Loader(reader, ClipOrder.of(dataset.manifest, key), slices, config)
+    return Loader(
+        MixtureReader(dataset, config.clip_frames, caches), MixtureOrder(dataset, key), slices, config
+    )
+
+
+def _cache_bytes(manifest: Manifest, split: str, config: LoaderConfig, readers: int, budget: int) -> int:
+    """Memory for the episodes of a dataset in each reading process; 0 where a cache does not pay."""
     pays = cache_pays(
         manifest,
         split,
         clip_frames=config.clip_frames,
         clip_stride=config.clip_stride,
         mixed=config.shuffle_shards,
-        readers=world_size * max(1, config.workers),
-        budget=cache_bytes,
+        readers=readers,
+        budget=budget,
     )
-    reader = ClipReader(dataset, config.clip_frames, cache_bytes if pays else 0)
-    return Loader(reader, ClipOrder.of(manifest, key), slices, config)
+    return budget if pays else 0
 
 
 def iter_episodes(dataset: ShardDataset, split: str) -> Iterator[EpisodeArrays]:
@@ -126,7 +142,11 @@ class Loader:
     """
 
     def __init__(
-        self, reader: ClipReader, order: ClipOrder, slices: Iterable[range], config: LoaderConfig
+        self,
+        reader: ClipReader | MixtureReader,
+        order: ClipOrder | MixtureOrder,
+        slices: Iterable[range],
+        config: LoaderConfig,
     ) -> None:
         self.order, self.config = order, config
         self.wait_s = 0.0
@@ -247,9 +267,11 @@ class _Slices(Sampler[range]):
 class _Clips(Dataset):
     """The micro-batch at a range of global indices; lives in each reading process."""
 
-    def __init__(self, reader: ClipReader, order: ClipOrder, max_bad_episodes: int) -> None:
+    def __init__(
+        self, reader: ClipReader | MixtureReader, order: ClipOrder | MixtureOrder, max_bad_episodes: int
+    ) -> None:
         self.reader, self.order, self.max_bad_episodes = reader, order, max_bad_episodes
-        self.keys = [sample.key for sample in reader.dataset.manifest.samples(order.key.split)]
+        self.keys = reader.keys(order.key.split)
 
     def __getitem__(self, indices: range) -> _Fetched | DataError:
         # An error travels as a value: PyTorch would wrap one that is raised in a traceback.

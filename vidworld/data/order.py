@@ -197,7 +197,7 @@ class ClipOrder:
         Depends on the order and on `index` only, so that every rank and every rerun picks the same.
         """
         words = np.array([index, attempt], np.uint64)
-        draw = _mix(_mix(self._seed ^ _mix(words[:1])) ^ words[1:])
+        draw = hash_words(hash_words(self._seed ^ hash_words(words[:1])) ^ words[1:])
         episodes, starts = self._clips((draw % np.uint64(self.num_clips)).astype(np.int64))
         return int(episodes[0]), int(starts[0])
 
@@ -224,8 +224,8 @@ class ClipOrder:
 
     def _build_epoch(self, epoch: int) -> _Epoch:
         num_shards = len(self._shard_lengths)
-        key = _mix(self._seed + np.array([epoch], np.uint64) * _GOLDEN)
-        shards = np.argsort(_keys(key, num_shards), kind="stable")
+        key = hash_words(self._seed + np.array([epoch], np.uint64) * _GOLDEN)
+        shards = np.argsort(stream_keys(key, num_shards), kind="stable")
         ends = np.cumsum(self._shard_lengths[shards])
         # Equal groups: a remainder of one shard would be hardly shuffled.
         cuts = np.arange(self._num_groups + 1) * num_shards // self._num_groups
@@ -235,7 +235,7 @@ class ClipOrder:
             shard_ends=ends,
             group_starts=bounds[:-1],
             group_lengths=np.diff(bounds),
-            group_keys=_keys(~key, self._num_groups),
+            group_keys=stream_keys(~key, self._num_groups),
         )
 
 
@@ -255,20 +255,20 @@ def permute(indices: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.nd
         for turn in range(_ROUNDS):
             key = key + _GOLDEN
             if turn % 2:
-                right = (right + _mix(left ^ key)) % b
+                right = (right + hash_words(left ^ key)) % b
             else:
-                left = (left + _mix(right ^ key)) % a
+                left = (left + hash_words(right ^ key)) % a
         out[walking] = left * b + right
         walking = walking[out[walking] >= lengths[walking]]
     return out.astype(np.int64)
 
 
-def _keys(key: np.ndarray, count: int) -> np.ndarray:
+def stream_keys(key: np.ndarray, count: int) -> np.ndarray:
     """`count` keys [count] uint64 drawn from one [1]: SplitMix64's stream."""
-    return _mix(key + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return hash_words(key + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
+def hash_words(words: np.ndarray) -> np.ndarray:
     """Hash uint64 words: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
