@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vidworld.data.sources.annotated_video import AnnotatedVideoSource
 from vidworld.data.sources.base import Source
+from vidworld.data.sources.describe import undescribed
+from vidworld.data.sources.folder import FolderSource
 from vidworld.data.sources.lerobot import LeRobotSource
 from vidworld.errors import DataError
 
@@ -20,6 +23,8 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format("LeRobot v2.0, v2.1, v3.0 (meta/info.json)", LeRobotSource.detects, LeRobotSource),
+    Format("mp4 + JSON (annotation/*/*.json)", AnnotatedVideoSource.detects, AnnotatedVideoSource),
+    Format("a folder of videos and tables (vidworld.yaml)", FolderSource.detects, FolderSource),
 )
 
 
@@ -45,6 +50,8 @@ def open_source(path: Path | str) -> Source:
     if (path / "manifest.json").is_file() and (path / "shards").is_dir():
         raise DataError("these are shards already", where=path, fix="vidworld inspect says what they hold")
     inside = [child for child in sorted(path.iterdir()) if _known(child)] if path.is_dir() else []
+    if not inside and (advice := undescribed(path)):
+        raise advice
     raise DataError(
         "format of the robot logs",
         where=path,

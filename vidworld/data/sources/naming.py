@@ -50,3 +50,8 @@ def view_name(camera: str) -> str:
     """
     short = re.sub(r"^observation\.(images\.)?", "", camera)
     return re.sub(r"[^A-Za-z0-9_-]+", "_", short).strip("_") or "view"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names as people do: `run 2` before `run 10`."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"(\d+)", name)]

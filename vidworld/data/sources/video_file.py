@@ -58,6 +58,13 @@ def frame_index(path: Path) -> FrameIndex:
     return _frame_index(path, stat.st_size, stat.st_mtime_ns)
 
 
+def measured_fps(path: Path) -> float | None:
+    """Frames per second by the times of a file's frames, as its header has them; None with fewer than two."""
+    times = frame_index(path).times_s
+    span_s = float(times[-1] - times[0])
+    return round((len(times) - 1) / span_s, 3) if span_s > 0 else None
+
+
 def whole_video(path: Path, *, declared_fps: float) -> Video:
     """All frames of a file that holds one episode."""
     return part_of_video(path, declared_fps=declared_fps, start_s=None, end_s=None)
@@ -77,7 +84,7 @@ def part_of_video(path: Path, *, declared_fps: float, start_s: float | None, end
     if start_s is not None and (not len(times) or abs(times[0] - start_s) > half):
         raise DataError(f"no frame at {start_s:g} s", where=path, got=f"{len(index.times_s)} frames in all")
     if len(times) > 1:
-        fps = (len(times) - 1) / float(times[-1] - times[0])
+        fps = (len(times) - 1) / max(float(times[-1] - times[0]), 1e-9)
         if abs(fps - declared_fps) > FPS_TOLERANCE * declared_fps:
             raise DataError(
                 "frame rate of the video",
