@@ -20,7 +20,7 @@ from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.grounding import file_digest
-from vidworld.evaluation.output import output_directory
+from vidworld.output import output_directory
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
 from vidworld.evaluation.tables import summarise

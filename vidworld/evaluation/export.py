@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from vidworld import __version__
 from vidworld.config import parse
 from vidworld.contract import ActionContract
-from vidworld.evaluation.output import output_directory
+from vidworld.output import output_directory
 from vidworld.world.load import Files, find, load
 from vidworld.world.world import WorldModel
 

@@ -34,7 +34,7 @@ from vidworld.evaluation.grounding import (
     ground_episode,
     ground_files,
 )
-from vidworld.evaluation.output import output_directory
+from vidworld.output import output_directory
 from vidworld.world.load import find, load, verify
 from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.state import Rollout
