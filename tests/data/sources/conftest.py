@@ -213,6 +213,17 @@ def rewrite_video() -> Callable[..., None]:
     return rewrite
 
 
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """Write the first frames of an episode as mp4: (path, episode, count, fps)."""
+
+    def write(path: Path, episode: int, count: int, fps: int = FPS) -> Path:
+        write_mp4(path, [barcode(episode, frame) for frame in range(count)], fps)
+        return path
+
+    return write
+
+
 @pytest.fixture
 def real() -> Callable[[str], Path]:
     """Path of a real dataset next to the repository, or skip."""

@@ -19,7 +19,7 @@ import difflib
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vidworld.config import digest, from_yaml
-from vidworld.data.contract_file import ContractFile
+from vidworld.config import digest, from_mapping, from_yaml
+from vidworld.contract import Dimension, Kind
 from vidworld.data.sources.location import inside
 from vidworld.data.sources.naming import guess_dimension, natural, view_name
 from vidworld.data.sources.tables import read_columns
@@ -38,6 +38,15 @@ from vidworld.types import EmbodimentSpec, Episode
 
 DESCRIPTIONS = ("vidworld.yaml", "dataset.yaml")
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """What is said of a column; None keeps what its name says."""
+
+    name: str | None = None
+    unit: str | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ class FolderLayout:
     rows: str = "{episode}.csv"
     """Where the numbers are: .csv, .npz or .npy."""
     action: dict[str, dict[str, str]]
-    """Column or pattern -> what a contract file may say of it: name, unit, kind."""
+    """Column or pattern -> fields of `ColumnFacts`."""
     proprio: dict[str, dict[str, str]] = field(default_factory=dict)
     timestamps: str | None = None
     """Column with the time of each row, as recorded; without one, the clock is frame number / fps."""
@@ -80,25 +89,26 @@ class FolderSource:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self._file = next(self.root / name for name in DESCRIPTIONS if (self.root / name).is_file())
-        self._layout = from_yaml(FolderLayout, self._file)
-        self._cameras = {view_name(view): view for view in self._layout.views}
+        self._layout = layout = from_yaml(FolderLayout, self._file)
+        self._cameras = {view_name(view): view for view in layout.views}
         self._check()
         columns = self._first_columns()
-        self._action = _select(columns, self._layout.action, f"action of {self._file}")
-        self._proprio = _select(columns, self._layout.proprio, f"proprio of {self._file}")
+        action = _select(columns, layout.action, f"action of {self._file}")
+        proprio = _select(columns, layout.proprio, f"proprio of {self._file}")
+        self._action, self._proprio = list(action), list(proprio)
         for setting in ("timestamps", "success"):
-            if (column := getattr(self._layout, setting)) is not None:
+            if (column := getattr(layout, setting)) is not None:
                 _select(columns, {column: {}}, f"{setting} of {self._file}")
-        spec = EmbodimentSpec(
-            embodiment=self._layout.embodiment or self.name,
-            rate_hz=self.fps,
-            action=tuple(map(guess_dimension, self._action)),
-            proprio=tuple(map(guess_dimension, self._proprio)),
-            control_frame=self._layout.control_frame,
-            note=self._layout.note,
+        self.embodiments = (
+            EmbodimentSpec(
+                embodiment=layout.embodiment or self.name,
+                rate_hz=self.fps,
+                action=tuple(action.values()),
+                proprio=tuple(proprio.values()),
+                control_frame=layout.control_frame,
+                note=layout.note,
+            ),
         )
-        facts = ContractFile(action=self._layout.action, proprio=self._layout.proprio)
-        self.embodiments = (facts.applied_to(spec, self._file),)
 
     @classmethod
     def detects(cls, path: Path) -> bool:
@@ -221,26 +231,27 @@ class FolderSource:
             raise DataError("cannot read the instruction", where=path, got=error) from None
 
 
-def _select(columns: list[str], facts: Mapping[str, Any], where: str) -> list[str]:
-    """Columns that names or patterns mean, each once, in the order of the names and then of the table."""
-    chosen: dict[str, None] = {}
-    for pattern in facts:
+def _select(columns: list[str], facts: Mapping[str, Any], where: str) -> dict[str, Dimension]:
+    """Columns that names or patterns mean, each once, in the order of the patterns and then of the table."""
+    chosen: dict[str, Dimension] = {}
+    for pattern, mapping in facts.items():
+        said = from_mapping(ColumnFacts, mapping, where=f"{pattern!r} of {where}")
         matches = [column for column in columns if column == pattern or fnmatchcase(column, pattern)]
         if not matches:
-            raise _no_column(columns, pattern, where)
-        chosen |= dict.fromkeys(matches)
-    return list(chosen)
-
-
-def _no_column(columns: list[str], pattern: str, where: str) -> ConfigError:
-    near = difflib.get_close_matches(pattern, columns, n=1)
-    shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
-    return ConfigError(
-        f"no column {pattern!r}",
-        where=where,
-        expected=f"a name or pattern among {shown}",
-        fix=f"did you mean {near[0]!r}?" if near else None,
-    )
+            near = difflib.get_close_matches(pattern, columns, n=1)
+            shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
+            raise ConfigError(
+                f"no column {pattern!r}",
+                where=where,
+                expected=f"a name or pattern among {shown}",
+                fix=f"did you mean {near[0]!r}?" if near else None,
+            )
+        if said.name is not None and len(matches) > 1:
+            raise ConfigError(f"{pattern!r} gives {len(matches)} columns one name", where=where)
+        changes = {key: value for key, value in vars(said).items() if value is not None}
+        for column in matches:
+            chosen[column] = replace(chosen.get(column) or guess_dimension(column), **changes)
+    return chosen
 
 
 def _check_pattern(pattern: str, setting: str, needed: set[str], file: Path) -> None:
