@@ -91,3 +91,98 @@ def make_tokenizer() -> Callable[..., ConvTokenizer]:
 def toy() -> SimpleNamespace:
     """The synthetic world's functions, for tests that import nothing from here."""
     return SimpleNamespace(shapes=shapes, psnr=psnr, train=train, config=SMALL)
+
+
+WAN = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.1, 0.2, -0.1, 0.0],
+    "latents_std": [1.0, 2.0, 0.5, 1.5],
+}
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "wan2.1": ("AutoencoderKLWan", WAN),
+    "wan2.2": (
+        "AutoencoderKLWan",
+        WAN
+        | {
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "decoder_base_dim": 4,
+        },
+    ),
+    "qwen": ("AutoencoderKLQwenImage", WAN),
+    "cosmos": (
+        "AutoencoderKLCosmos",
+        {
+            "latent_channels": 4,
+            "encoder_block_out_channels": (8, 8, 8, 8),
+            "decode_block_out_channels": (8, 8, 8, 8),
+            "attention_resolutions": (8,),
+            "resolution": 64,
+            "num_layers": 1,
+            "latents_mean": [0.1, 0.3] * 4,
+            "latents_std": [1.0, 1.5] * 4,
+        },
+    ),
+    "ltx": (
+        "AutoencoderKLLTXVideo",
+        {
+            "latent_channels": 8,
+            "block_out_channels": (8, 8, 8, 8),
+            "decoder_block_out_channels": (8, 8, 8, 8),
+            "layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_causal": True,
+        },
+    ),
+    "hunyuan": (
+        "AutoencoderKLHunyuanVideo15",
+        {"latent_channels": 4, "block_out_channels": (16,) * 5, "layers_per_block": 1},
+    ),
+    "dc": (
+        "AutoencoderDC",
+        {
+            "latent_channels": 4,
+            "attention_head_dim": 4,
+            "encoder_block_out_channels": (8, 8, 8, 8),
+            "decoder_block_out_channels": (8, 8, 8, 8),
+            "encoder_layers_per_block": (1, 1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1, 1),
+            "encoder_qkv_multiscales": ((), (), (), (5,)),
+            "decoder_qkv_multiscales": ((), (), (), (5,)),
+            "scaling_factor": 0.4,
+        },
+    ),
+}
+
+
+def make_vae(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny model of diffusers' real class, with weights that let the signal through."""
+    import diffusers
+
+    cls, config = TINY[name]
+    torch.manual_seed(seed)
+    vae = getattr(diffusers, cls)(**config | changes)
+    for parameter in vae.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
+        torch.nn.init.normal_(parameter, std=max(fan_in, 4) ** -0.5)
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def vae() -> Callable[..., Any]:
+    return make_vae
+
+
+@pytest.fixture(scope="session")
+def vae_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A folder in diffusers' layout for each tiny model: read only."""
+    root = tmp_path_factory.mktemp("vaes")
+    for name in TINY:
+        make_vae(name).save_pretrained(root / name)
+    return {name: root / name for name in TINY}

@@ -4,7 +4,7 @@ It works at half resolution from the start (pixel-unshuffle by 2, then two strid
 network trains several times faster than at full resolution.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidworld.config import to_mapping
-from vidworld.errors import ConfigError, DataError
-from vidworld.tokenizers.base import (
-    STD_FLOOR,
-    ChannelStatistics,
-    check_video,
-    tokenizer_digest,
-)
+from vidworld.errors import ConfigError
+from vidworld.tokenizers.base import tokenizer_digest
 from vidworld.tokenizers.losses import ReconstructionLossConfig, reconstruction_loss
+from vidworld.tokenizers.normalised import NormalisedTokenizer
+from vidworld.tokenizers.streaming import FrameStreaming
 
 CHUNK_FRAMES = 256
 
@@ -77,7 +74,7 @@ class ResidualBlock(nn.Module):
         return x_NDhw + self.conv_out(F.silu(self.norm_out(hidden)))
 
 
-class ConvTokenizer(nn.Module):
+class ConvTokenizer(FrameStreaming, NormalisedTokenizer):
     """Per-frame convolutional autoencoder: f8, normalised latents, decoder robust to noise on them.
 
     >>> tokenizer = ConvTokenizer(ConvTokenizerConfig(widths=(32, 48, 64)))
@@ -94,15 +91,10 @@ class ConvTokenizer(nn.Module):
     time_stride = 1
 
     def __init__(self, config: ConvTokenizerConfig = ConvTokenizerConfig()) -> None:
-        super().__init__()
+        super().__init__(config.latent_channels)
         self.config = config
-        self.latent_channels = config.latent_channels
         self.encoder = _encoder(config)
         self.decoder = _decoder(config)
-        self.register_buffer("mean_C", torch.zeros(config.latent_channels))
-        self.register_buffer("std_C", torch.ones(config.latent_channels))
-        self.mean_C: Tensor
-        self.std_C: Tensor
         # The layout in which both cuDNN and oneDNN convolve without transposing.
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -111,62 +103,28 @@ class ConvTokenizer(nn.Module):
         """Short hash over config, weights and statistics; reads all weights."""
         return tokenizer_digest(self.kind, to_mapping(self.config), self)
 
-    def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
-        """Set what `encode` subtracts and divides by: mean and standard deviation of the raw latents.
-
-        Raises DataError for values that are not finite or a channel that never changes.
-        """
-        expected = (self.latent_channels,)
-        if mean_C.shape != expected or std_C.shape != expected:
-            raise DataError(
-                "latent statistics",
-                got=f"{tuple(mean_C.shape)}, {tuple(std_C.shape)}",
-                expected=str(expected),
-            )
-        if not (torch.isfinite(mean_C).all() and torch.isfinite(std_C).all() and (std_C > STD_FLOOR).all()):
-            raise DataError(
-                "latent statistics",
-                got=f"std {std_C.tolist()}",
-                expected=f"finite values, std above {STD_FLOOR:g}",
-                fix="the tokenizer has a dead channel or diverged: train it anew",
-            )
-        self.mean_C.copy_(mean_C)
-        self.std_C.copy_(std_C)
-
-    @torch.no_grad()
-    def measure_statistics(self, videos: Iterable[Tensor]) -> ChannelStatistics:
-        """Measure raw latents over videos [B, T, 3, H, W] in [-1, 1] and set the statistics from them."""
-        statistics = ChannelStatistics(self.latent_channels)
-        for video_BTCHW in videos:
-            statistics.update(self.encode_raw(video_BTCHW))
-        if not statistics.count:
-            raise DataError("videos to measure latents on", got="none", expected="at least one")
-        self.set_statistics(statistics.mean_C, statistics.std_C)
-        return statistics
-
     def encode(self, video_BTCHW: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """Video in [-1, 1] to normalised latents [B, T, C, H/8, W/8], `chunk` frames at a time.
 
         Raises DataError for a size not divisible by 16.
         """
-        raw = self.encode_raw(video_BTCHW, chunk=chunk)
-        return ((raw - _spread(self.mean_C)) / _spread(self.std_C)).to(video_BTCHW.dtype)
+        return self.normalised(self.encode_raw(video_BTCHW, chunk=chunk)).to(video_BTCHW.dtype)
 
     def decode(self, latents_BTChw: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """Normalised latents to video [B, T, 3, H, W], about -1 to 1, not clamped."""
-        self._check_latents(latents_BTChw)
-        raw = latents_BTChw * _spread(self.std_C) + _spread(self.mean_C)
+        self.check_latents(latents_BTChw)
+        raw = self.denormalised(latents_BTChw)
         return self.decode_raw(raw, chunk=chunk).to(latents_BTChw.dtype)
 
     def encode_raw(self, video_BTCHW: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """`encode` without normalisation."""
-        check_video(video_BTCHW, self.size_multiple)
-        return _per_frame(self.encoder.forward, video_BTCHW, chunk)
+        self.check_video(video_BTCHW)
+        return per_frame(self.encoder.forward, video_BTCHW, chunk)
 
     def decode_raw(self, latents_BTChw: Tensor, *, chunk: int = CHUNK_FRAMES) -> Tensor:
         """`decode` without normalisation."""
-        self._check_latents(latents_BTChw)
-        return _per_frame(self.decoder.forward, latents_BTChw, chunk)
+        self.check_latents(latents_BTChw)
+        return per_frame(self.decoder.forward, latents_BTChw, chunk)
 
     def training_loss(self, video: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of a batch in [-1, 1], [B, T, 3, H, W] or [B, 3, H, W]: see `reconstruction_loss`.
@@ -175,25 +133,13 @@ class ConvTokenizer(nn.Module):
         so that the encoder cannot outgrow the noise. All randomness comes from `generator`, on any device.
         """
         video_BTCHW = video if video.ndim == 5 else video[:, None]
-        check_video(video_BTCHW, self.size_multiple)
+        self.check_video(video_BTCHW)
         images_NCHW = video_BTCHW.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         latents_NChw = self.encoder(images_NCHW)
         scale = latents_NChw.detach().float().std((0, 2, 3), keepdim=True) * self.config.decoder_noise
         noise = torch.randn(latents_NChw.shape, generator=generator, device=generator.device)
         noisy_NChw = latents_NChw + (scale * noise.to(latents_NChw.device)).to(latents_NChw.dtype)
         return reconstruction_loss(self.decoder(noisy_NChw), images_NCHW, latents_NChw, self.config.loss)
-
-    def _check_latents(self, latents_BTChw: Tensor) -> None:
-        if latents_BTChw.ndim != 5 or latents_BTChw.shape[2] != self.latent_channels:
-            raise DataError(
-                "latents to decode",
-                got=f"shape {tuple(latents_BTChw.shape)}",
-                expected=f"[B, T, {self.latent_channels}, h, w]",
-            )
-
-
-def _spread(values_C: Tensor) -> Tensor:
-    return values_C[:, None, None]
 
 
 def _encoder(config: ConvTokenizerConfig) -> nn.Sequential:
@@ -239,7 +185,7 @@ def _blocks(config: ConvTokenizerConfig, counts: tuple[int, int, int]) -> list[l
     ]
 
 
-def _per_frame(function: Callable[[Tensor], Tensor], video_BTCHW: Tensor, chunk: int) -> Tensor:
+def per_frame(function: Callable[[Tensor], Tensor], video_BTCHW: Tensor, chunk: int) -> Tensor:
     """Fold time into the batch, run `chunk` frames at a time, and unfold."""
     if chunk < 1:
         raise ConfigError("chunk", got=chunk, expected="at least 1 frame")

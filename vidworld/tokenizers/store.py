@@ -1,11 +1,13 @@
 """Tokenizers on disk: a folder with `tokenizer.json` (what it is) and `tokenizer.safetensors` (its weights).
 
 The description is written last and carries a digest over config and weights, so that a half-written, mixed up
-or damaged folder is refused and never loaded.
+or damaged folder is refused and never loaded. Of a pretrained autoencoder the folder holds the description
+only, with the path of the weights, which stay where they are; `copy_tokenizer` brings them along.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,46 +21,73 @@ from vidworld.config import from_mapping, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.base import Tokenizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
+from vidworld.tokenizers.diffusers_folder import CONFIG, INDEX, find_folder, load_folder, weight_files
+from vidworld.tokenizers.pretrained import DType, PretrainedTokenizer
+from vidworld.tokenizers.weights import check_architecture
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "tokenizer.json"
 WEIGHTS = "tokenizer.safetensors"
 FOLDER = "tokenizer"
 """Where a run keeps its tokenizer."""
-KINDS = (ConvTokenizer.kind,)
-NAMES_SHOWN = 3
+COPY = "vae"
+"""Where a copy of a pretrained autoencoder lies within a tokenizer's folder."""
+KINDS = (ConvTokenizer.kind, PretrainedTokenizer.kind)
 C = TypeVar("C")
 
 
-def save_tokenizer(tokenizer: ConvTokenizer, directory: Path | str) -> str:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path | str, *, source: Path | str | None = None) -> str:
     """Write a tokenizer into a folder, making it, and return the digest; equal tokenizers give equal bytes.
 
-    Raises CheckpointError when it cannot be written.
+    Of a pretrained one the description only; `source` is what it was loaded from. Raises CheckpointError when
+    it cannot be written.
     """
     directory = Path(directory)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
-    description = _describe(tokenizer)
+    match tokenizer:
+        case ConvTokenizer():
+            tensors = tokenizer.state_dict().items()
+            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors})
+            description = _describe(tokenizer)
+        case PretrainedTokenizer():
+            assert source is not None, "a pretrained tokenizer is saved as where it is"
+            content, description = None, _describe(tokenizer) | {"path": str(_weights_folder(Path(source)))}
+        case _:
+            raise CheckpointError("kind of tokenizer to save", got=type(tokenizer).__name__)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_atomic(directory / WEIGHTS, save(weights))
-        _write_atomic(directory / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
+        if content is not None:
+            _write_atomic(directory / WEIGHTS, content)
+        _write_description(directory, description)
     except OSError as error:
         raise CheckpointError("cannot write the tokenizer", where=directory, got=error.strerror) from None
     return description["digest"]
 
 
-def load_tokenizer(directory: Path | str) -> Tokenizer:
-    """Open a tokenizer's folder, or a run that holds one in `tokenizer/`.
+def load_tokenizer(directory: Path | str, *, dtype: DType = "float32") -> Tokenizer:
+    """Open a tokenizer: its folder, a run or latents that hold one in `tokenizer/`, or a diffusers VAE.
 
-    It comes on the CPU in float32, in eval mode, its parameters not requiring grad (gradients still flow
-    through it). Raises CheckpointError when it is missing, damaged, mixed up, or of an unknown kind.
+    The last is a folder with config.json and safetensors, or a pipeline that holds one in `vae/`; `dtype`
+    is that of its weights, and everything else has its own. It comes on the CPU, in eval mode, its parameters
+    not requiring grad (gradients still flow through it). Raises CheckpointError when it is missing, damaged,
+    mixed up, has changed since, or is of an unknown kind.
     """
     folder = _find(Path(directory))
+    if folder is None:
+        vae = find_folder(Path(directory))
+        assert vae is not None
+        return load_folder(vae, dtype)
     description = _read_description(folder)
     kind = description.get("kind")
     match kind:
         case "conv":
             tokenizer = ConvTokenizer(_config(ConvTokenizerConfig, description, folder))
+            weights = _read_weights(folder)
+            check_architecture(weights, tokenizer.state_dict(), folder / WEIGHTS)
+            tokenizer.load_state_dict(weights)
+            fix = "copy it again, or train it again"
+        case "pretrained":
+            tokenizer = _load_pretrained(folder, description)
+            fix = "bring back the weights that it was used with, or make the latents and the world anew"
         case _:
             raise CheckpointError(
                 "tokenizer kind",
@@ -67,43 +96,104 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
                 expected=" or ".join(repr(known) for known in KINDS),
                 fix="install the vidworld that wrote it",
             )
-    weights = _read_weights(folder)
-    _check_architecture(weights, tokenizer.state_dict(), folder)
-    tokenizer.load_state_dict(weights)
     for name, expected in _describe(tokenizer).items():
         if description.get(name) != expected:
             raise CheckpointError(
                 f"{name} of the tokenizer does not match its weights: the folder is damaged or was edited",
-                where=folder,
-                got=_brief(description.get(name)),
-                expected=_brief(expected),
-                fix="copy it again, or train it again",
+                where=folder if kind == "conv" else _weights_folder(folder),
+                got=_brief(description.get(name)) if kind == "conv" else _brief(expected),
+                expected=_brief(expected) if kind == "conv" else _brief(description.get(name)),
+                fix=fix,
             )
     return tokenizer.eval().requires_grad_(False)
 
 
-def _describe(tokenizer: ConvTokenizer) -> dict[str, Any]:
+def copy_tokenizer(folder: Path, out: Path, *, with_weights: bool) -> bool:
+    """Copy a tokenizer's folder into an empty one; returns whether its weights came along.
+
+    Those of our own always do. Those of a pretrained one do `with_weights`, or where they lay in the folder.
+    """
+    description = _read_description(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    if description.get("kind") != "pretrained":
+        for name in (WEIGHTS, DESCRIPTION):
+            shutil.copyfile(folder / name, out / name)
+        return True
+    source = _weights_folder(folder)
+    inside = not Path(str(description.get("path"))).is_absolute()
+    if with_weights or inside:
+        (out / COPY).mkdir()
+        for path in [source / CONFIG, *weight_files(source), *source.glob(INDEX)]:
+            shutil.copyfile(path, out / COPY / path.name)
+        description["path"] = COPY
+    _write_description(out, description)
+    return with_weights or inside
+
+
+def _load_pretrained(folder: Path, description: Mapping[str, Any]) -> PretrainedTokenizer:
+    source, dtype = _weights_folder(folder), description.get("dtype")
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError("dtype of the tokenizer", where=folder / DESCRIPTION, got=_brief(dtype))
+    if not (source / CONFIG).is_file():
+        raise CheckpointError(
+            "the pretrained autoencoder is gone",
+            where=source,
+            expected=f"the folder with its {CONFIG} and weights",
+            fix=f"put it back, or set its new `path` in {folder / DESCRIPTION}: the digest is checked",
+        )
+    tokenizer = load_folder(source, dtype)
+    statistics = description.get("statistics") or {}
+    try:
+        mean_C, std_C = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError("statistics of the tokenizer", where=folder / DESCRIPTION, got=error) from None
+    if mean_C.shape == std_C.shape == (tokenizer.latent_channels,):
+        tokenizer.set_statistics(mean_C, std_C)
+        tokenizer.statistics_from = str(statistics.get("from"))
+    return tokenizer
+
+
+def _weights_folder(source: Path) -> Path:
+    """Where the weights of a pretrained tokenizer are, given what it was loaded from."""
+    folder = next((one for one in (source, source / FOLDER) if (one / DESCRIPTION).is_file()), None)
+    if folder is not None:
+        return (folder / str(_read_description(folder).get("path"))).resolve()
+    vae = find_folder(source)
+    assert vae is not None
+    return vae.resolve()
+
+
+def _describe(tokenizer: ConvTokenizer | PretrainedTokenizer) -> dict[str, Any]:
+    statistics: dict[str, Any] = {"mean": tokenizer.mean_C.tolist(), "std": tokenizer.std_C.tolist()}
+    if isinstance(tokenizer, ConvTokenizer):
+        what = {"config": to_mapping(tokenizer.config)}
+    else:
+        what = {"class": tokenizer.class_name, "dtype": tokenizer.dtype_name}
+        statistics["from"] = tokenizer.statistics_from
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": tokenizer.kind,
-        "config": to_mapping(tokenizer.config),
+        **what,
         "latent_channels": tokenizer.latent_channels,
         "spatial_stride": tokenizer.spatial_stride,
         "time_stride": tokenizer.time_stride,
-        "statistics": {"mean": tokenizer.mean_C.tolist(), "std": tokenizer.std_C.tolist()},
+        "statistics": statistics,
         "digest": tokenizer.digest,
     }
 
 
-def _find(directory: Path) -> Path:
+def _find(directory: Path) -> Path | None:
+    """The folder with our description; None where there is a diffusers folder instead."""
     for folder in (directory, directory / FOLDER):
         if (folder / DESCRIPTION).is_file():
             return folder
+    if find_folder(directory) is not None:
+        return None
     raise CheckpointError(
         f"no {DESCRIPTION}",
         where=directory,
         got="a folder" if directory.is_dir() else "no such folder",
-        expected="a tokenizer's folder, or a run that has trained one",
+        expected="a tokenizer's folder, a run that has trained one, or a diffusers VAE with its config.json",
         fix="give the directory that `vidworld train` wrote for a tokenizer",
     )
 
@@ -149,28 +239,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check_architecture(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:
-    """Name what is missing, left over, of another shape or dtype, or not finite."""
-
-    def form(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
-        return tensor.dtype, tensor.shape
-
-    shared = sorted(own.keys() & weights.keys())
-    differences = {
-        "missing": sorted(own.keys() - weights.keys()),
-        "unknown": sorted(weights.keys() - own.keys()),
-        "of another shape or dtype": [name for name in shared if form(weights[name]) != form(own[name])],
-        "not finite": [name for name in shared if not torch.isfinite(weights[name]).all()],
-    }
-    listed = "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''})"
-        for kind, names in differences.items()
-        if names
-    )
-    if listed:
-        raise CheckpointError(
-            "weights that do not fit the tokenizer's config", where=folder / WEIGHTS, got=listed
-        )
+def _write_description(directory: Path, description: Mapping[str, Any]) -> None:
+    _write_atomic(directory / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _write_atomic(path: Path, content: bytes) -> None:
