@@ -157,10 +157,16 @@ def _write_configs(options: DemoOptions, data: Path) -> None:
             "time_every": 3,
             "num_registers": 1,
         },
-        "objective": {"finest_steps": 8},
+        # One-step samples matter here: half the levels are pure noise, and larger steps are copied late.
+        "objective": {
+            "finest_steps": 8,
+            "pure_noise_fraction": 0.5,
+            "bootstrap_start": 0.6,
+            "context_noise": 0.15,
+        },
         "sampler": {"steps": 1},
         "loader": {"clip_frames": 8, "batch_size": 8, "workers": 0},
-        "optim": {"lr": 1.5e-3, "muon_lr": 0.02, "warmup_steps": 50, "decay_fraction": 0.35},
+        "optim": {"lr": 1.5e-3, "muon_lr": 0.02, "warmup_steps": 50, "decay_fraction": 0.5},
         "loop": {"minutes": options.world_minutes, "ema_decay": 0.99, "log_every": 50},
         "look": {"validate_every": 0, "sample_every": 0, "validate_batches": 1},
     }

@@ -78,7 +78,8 @@ def test_compiled_training_on_cuda(make_model, make_clip, backend):
     def loss_and_gradient(model, context, targets):
         actions = context.conditioning.actions_BTkA.requires_grad_()
         predict = target_predictor(model, context.frames, context.level, context.conditioning)
-        loss = predict(targets.frames, targets.level, targets.step_BT).latents_BTVChw.square().mean()
+        predicted = predict(targets.frames, targets.level, targets.step_BT)
+        loss = predicted.latents_BTVChw.square().mean() + predicted.proprio_BTS.square().mean()
         loss.backward()
         return loss.item(), actions.grad.cpu().double()
 
