@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.ready
 OUT ?= outputs/demo
 DATA ?=
 
@@ -14,14 +15,23 @@ help:
 	@echo "make slow               the tests that take longer (DeepSpeed, kill loops)"
 	@echo "make setup              only create .venv and install"
 
-setup: $(INSTALLED)
-$(INSTALLED): pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidworld needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PYTHON) -m venv $(VENV)
+
+setup: $(INSTALLED)
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[dev]"
+	@touch $@ $(READY)
+
+# What training needs, without the tools of development.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[train]"
 	@touch $@
 
-demo: setup
+demo: $(READY)
 	$(BIN)/vidworld demo --out $(OUT) $(if $(DATA),--data $(DATA)) --overwrite
 
 test: lint types pytest wheel
