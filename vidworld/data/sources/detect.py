@@ -9,6 +9,7 @@ from vidworld.data.sources.base import Source
 from vidworld.data.sources.describe import undescribed
 from vidworld.data.sources.folder import FolderSource
 from vidworld.data.sources.lerobot import LeRobotSource
+from vidworld.data.sources.rlds import RldsSource
 from vidworld.errors import DataError
 
 
@@ -24,6 +25,7 @@ class Format:
 FORMATS: tuple[Format, ...] = (
     Format("LeRobot v2.0, v2.1, v3.0 (meta/info.json)", LeRobotSource.detects, LeRobotSource),
     Format("mp4 + JSON (annotation/*/*.json)", AnnotatedVideoSource.detects, AnnotatedVideoSource),
+    Format("RLDS / Open X-Embodiment (dataset_info.json, features.json)", RldsSource.detects, RldsSource),
     Format("a folder of videos and tables (vidworld.yaml)", FolderSource.detects, FolderSource),
 )
 

@@ -1,0 +1,102 @@
+"""What a user knows of logs that do not say it themselves: `logs.yaml`, in the folder of the logs.
+
+    fps: 10                         # rows and frames a second
+    embodiment: my_arm
+    views: [front, wrist]           # cameras to take, also one that is black in the samples looked at
+    action: [action_dict/joint_velocity, action_dict/gripper_position]   # fields, joined in this order
+    state: [observation/joint_position]
+    channels: bgr                   # red and blue are swapped in the pictures
+    flip: rows                      # pictures are upside down; `both` if they are turned by 180 degrees
+
+All of it is optional, and read by the sources of RLDS and of HDF5 files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vidworld.config import from_yaml
+from vidworld.contract import Dimension
+from vidworld.data.sources.naming import guess_dimension
+from vidworld.errors import ConfigError, DataError
+
+FACTS_FILE = "logs.yaml"
+
+
+@dataclass(frozen=True)
+class LogFacts:
+    """The fields of `logs.yaml`."""
+
+    fps: float | None = None
+    embodiment: str | None = None
+    views: tuple[str, ...] = ()
+    action: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    channels: Literal["rgb", "bgr"] = "rgb"
+    flip: Literal["none", "rows", "both"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps < 1e4:
+            raise ConfigError("fps", where=FACTS_FILE, got=self.fps, expected="rows a second")
+
+    def upright(self, frame: np.ndarray) -> np.ndarray:
+        """A recorded frame [H, W, 3] as RGB, upright."""
+        if self.channels == "bgr":
+            frame = frame[..., ::-1]
+        match self.flip:
+            case "none":
+                pass
+            case "rows":
+                frame = frame[::-1]
+            case "both":
+                frame = frame[::-1, ::-1]
+            case _:
+                raise AssertionError(self.flip)
+        return np.ascontiguousarray(frame)
+
+    def changes(self) -> dict[str, str]:
+        """What was done to the pictures, for an episode's `source`."""
+        done = {"channels": self.channels, "flip": self.flip}
+        return {name: value for name, value in done.items() if value != getattr(LogFacts, name)}
+
+
+def read_facts(folder: Path) -> LogFacts:
+    """The facts in a folder, or none. Raises ConfigError for an unknown key or a value that cannot be."""
+    path = folder / FACTS_FILE
+    return from_yaml(LogFacts, path) if path.is_file() else LogFacts()
+
+
+def facts_text(folder: Path) -> str:
+    """The contents of `logs.yaml`, for a source's fingerprint."""
+    path = folder / FACTS_FILE
+    return path.read_text() if path.is_file() else ""
+
+
+def no_rate(where: Path, advice: str = "") -> DataError:
+    """The error of logs whose rate nobody stated; it is never guessed."""
+    folder = where if where.is_dir() else where.parent
+    return DataError(
+        "the logs do not say their rate",
+        where=where,
+        expected="rows a second",
+        fix=f"write `fps: 10`, or what it is, into {folder / FACTS_FILE}"
+        + (f" ({advice})" if advice else ""),
+    )
+
+
+def wanted_views(views: Sequence[str], facts: LogFacts, where: Path) -> tuple[str, ...]:
+    """Those cameras that `logs.yaml` asks for. Raises ConfigError for one that is not there."""
+    for view in facts.views:
+        if view not in views:
+            raise ConfigError("views", where=where / FACTS_FILE, got=view, expected=" or ".join(views))
+    return tuple(facts.views)
+
+
+def dimensions_of(field: str, width: int) -> tuple[Dimension, ...]:
+    """Names for the numbers of a field: its last part, numbered where there are several."""
+    name = field.rpartition("/")[2]
+    names = [name] if width == 1 else [f"{name}_{index}" for index in range(width)]
+    return tuple(map(guess_dimension, names))
