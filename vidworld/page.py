@@ -29,6 +29,15 @@ class Card:
     """Whether its target was met; None where there is none."""
 
 
+@dataclass(frozen=True)
+class Item:
+    """Something to look into: a heading, labelled facts, and what to do about it."""
+
+    heading: str
+    facts: Mapping[str, str]
+    advice: str = ""
+
+
 class Report:
     """Sections, text, tables, pictures, videos and figures in the order of the calls; every call returns
     self.
@@ -66,6 +75,23 @@ class Report:
         self._parts.append(f'<div class="cards">{body}</div>')
         return self
 
+    def items(self, *items: Item) -> "Report":
+        """Add things to look into, one below the other."""
+        for item in items:
+            facts = "".join(
+                f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in item.facts.items()
+            )
+            advice = f"<p>{_escape(item.advice)}</p>" if item.advice else ""
+            self._parts.append(
+                f'<div class="item"><h3>{_escape(item.heading)}</h3><dl>{facts}</dl>{advice}</div>'
+            )
+        return self
+
+    def heading(self, text: str) -> "Report":
+        """Add a heading within a section."""
+        self._parts.append(f"<h3>{_escape(text)}</h3>")
+        return self
+
     def table(
         self, headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, caption: str = "", digits: int = 2
     ) -> "Report":
@@ -91,10 +117,14 @@ class Report:
         self._parts.append(_figure(table, caption))
         return self
 
-    def image(self, image_HWC: np.ndarray, caption: str = "") -> "Report":
-        """Add a picture."""
+    def image(self, image_HWC: np.ndarray, caption: str = "", *, lossy: bool = False) -> "Report":
+        """Add a picture, as it is or as a JPEG that is several times smaller."""
         height, width = image_HWC.shape[:2]
-        source = _data_url("image/png", media.encode_png(image_HWC))
+        source = (
+            _data_url("image/jpeg", media.encode_jpeg(image_HWC))
+            if lossy
+            else _data_url("image/png", media.encode_png(image_HWC))
+        )
         picture = f'<img src="{source}" width="{width}" height="{height}" alt="{_escape(caption)}">'
         self._parts.append(_figure(picture, caption))
         return self
@@ -189,6 +219,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 48px 24px 32px; }
 h1 { font-size: 32px; line-height: 1.2; letter-spacing: -0.02em; margin: 0; }
 h2 { font-size: 21px; line-height: 1.3; letter-spacing: -0.01em; margin: 48px 0 8px; }
+h3 { font-size: 16px; line-height: 1.4; margin: 28px 0 4px; }
 p { max-width: 72ch; margin: 8px 0; }
 .subtitle { color: var(--soft); font-size: 17px; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 20px; margin-top: 16px; font-size: 14px; }
@@ -202,6 +233,13 @@ nav a:hover { text-decoration: underline; }
 .card .note { color: var(--soft); font-size: 13px; line-height: 1.4; }
 .card.good .value { color: var(--good); }
 .card.bad .value { color: var(--bad); }
+.item { border-left: 3px solid var(--bad); background: var(--wash); border-radius: 0 10px 10px 0;
+  padding: 12px 18px 14px; margin: 12px 0; }
+.item h3 { margin: 0 0 4px; }
+.item dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margin: 0; font-size: 14px; }
+.item dt { color: var(--soft); }
+.item dd { margin: 0; overflow-wrap: anywhere; }
+.item p { margin: 6px 0 0; font-size: 14px; }
 figure { margin: 20px 0; }
 figcaption { color: var(--soft); font-size: 14px; line-height: 1.5; margin-top: 6px; max-width: 80ch; }
 img, video { display: block; max-width: 100%; height: auto; border-radius: 6px; }

@@ -1,4 +1,7 @@
-"""`vidworld inspect`: say what a dataset holds, for people or as JSON, and check it on request."""
+"""`vidworld inspect`: say what a dataset holds and what looks wrong in it, as text, as JSON or as a page.
+
+The manifest alone answers most questions in a moment. Episodes are read for the page, or when asked for.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,19 +14,34 @@ from tqdm import tqdm
 
 from vidworld.config import parse
 from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.data.inspection.detectors import suspicious
+from vidworld.data.inspection.finding import Finding
+from vidworld.data.inspection.survey import Survey, choose, read
 from vidworld.data.manifest import SPLITS, Manifest, Sample
 from vidworld.data.shards import ShardDataset
-from vidworld.errors import DataError
+from vidworld.errors import ConfigError, DataError
+
+PAGE_EPISODES = 64
+SHOWN = 20
+"""Rows of a list in the text; --json and the page have more."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Say what a dataset holds."""
+    """Say what a dataset holds, and what looks wrong in it."""
 
     directory: tyro.conf.Positional[Path]
     """Dataset that `vidworld shard` or `vidworld encode` wrote."""
     json: bool = False
     """Print JSON instead of text."""
+    html: Path | None = None
+    """Also write a page with pictures and figures: a file that ends in .html, replaced if it is there."""
+    max_episodes: int | None = None
+    """Episodes to read, alike many of each embodiment; default: 64 with --html, otherwise none."""
+    seed: int = 0
+    """Changes which episodes are read."""
+    workers: int | None = None
+    """Threads that read; default: one a core, at most 8."""
     verify: bool = False
     """Also check the checksum and members of every shard."""
 
@@ -31,14 +49,44 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld inspect`."""
     options = parse(Options, arguments, prog=prog)
-    dataset = ShardDataset.open(options.directory)
+    _check(options)
+    dataset = ShardDataset.open(options.directory, verify=False)
     if options.verify:
         verify(dataset)
-    summary = describe(dataset.manifest) | {"verified": options.verify}
+    count = options.max_episodes
+    if count is None:
+        count = PAGE_EPISODES if options.html else 0
+    survey = Survey(dataset.manifest)
+    if count:
+        keys = choose(dataset.manifest, count, options.seed)
+        survey = read(dataset, keys, workers=options.workers)
+    findings = suspicious(survey)
+    summary = describe(dataset.manifest) | {
+        "verified": options.verify,
+        "episodes_read": len(survey.looks),
+        "suspicious": [finding.to_mapping() for finding in findings],
+    }
+    if options.html:
+        from vidworld.data.inspection.page import write_page  # figures take a second to import
+
+        write_page(summary, survey, findings, options.html, seed=options.seed)
     if options.json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(_lines(dataset.manifest, summary)))
+        return
+    print("\n".join(_lines(dataset.manifest, summary)))
+    print("\n".join(_findings(findings, summary, options)))
+
+
+def _check(options: Options) -> None:
+    """Refuse what cannot be done before anything is read."""
+    for name, value in (("--max-episodes", options.max_episodes), ("--workers", options.workers)):
+        if value is not None and value < (1 if name == "--workers" else 0):
+            raise ConfigError(name, got=value, expected="a positive number")
+    if options.html is not None:
+        if options.html.suffix.lower() not in (".html", ".htm") or options.html.is_dir():
+            raise ConfigError("--html", got=options.html, expected="a file that ends in .html")
+        if options.max_episodes == 0:
+            raise ConfigError("--max-episodes", got=0, expected="at least 1 for a page")
 
 
 def verify(dataset: ShardDataset) -> None:
@@ -142,7 +190,22 @@ def _lines(manifest: Manifest, summary: dict[str, Any]) -> Iterator[str]:
     if manifest.quarantined:
         yield ""
         yield f"quarantined {len(manifest.quarantined)}:"
-        yield from (f"  {bad.episode_id}: {bad.reason}" for bad in manifest.quarantined)
+        yield from (f"  {bad.episode_id}: {bad.reason}" for bad in manifest.quarantined[:SHOWN])
+        if len(manifest.quarantined) > SHOWN:
+            yield f"  and {len(manifest.quarantined) - SHOWN} more (--json has all)"
+
+
+def _findings(findings: Sequence[Finding], summary: dict[str, Any], options: Options) -> Iterator[str]:
+    """What looks wrong, and how much was looked at."""
+    read_ = summary["episodes_read"]
+    yield ""
+    looked = f"{read_} of {summary['episodes']} episodes read" if read_ else "only the manifest was read"
+    yield f"suspicious: {len(findings) or 'nothing'} ({looked})"
+    yield from (f"  {finding}" for finding in findings)
+    if options.html:
+        yield f"page: {options.html}"
+    elif not read_:
+        yield f"next: vidworld inspect {options.directory} --html inspect.html looks into the episodes"
 
 
 def _table(role: str, dimensions: Sequence[Dimension], statistics: Statistics) -> Iterator[str]:
