@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from vidworld.config import digest, from_mapping, to_mapping
 from vidworld.contract import ActionContract
+from vidworld.data.cache import Cache
+from vidworld.data.remote import MissingFileError, shown
 from vidworld.errors import ConfigError, ContractError, DataError
-from vidworld.files import write_atomic
+from vidworld.files import url_of, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -81,6 +83,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        # An int would change the digest after a trip through JSON.
+        object.__setattr__(self, "fps", float(self.fps))
         for problem in self._problems():
             raise DataError(f"manifest of dataset {self.name!r}: {problem}")
 
@@ -162,13 +166,14 @@ class Manifest:
         return path
 
     @classmethod
-    def read(cls, directory: Path | str) -> "Manifest":
-        """Read `manifest.json` of a dataset directory (or the file itself).
+    def read(cls, location: Path | str) -> "Manifest":
+        """Read `manifest.json` of a dataset's folder or URL (or the file itself).
 
         Raises DataError when it is missing, not JSON, of another schema version, or changed by hand.
         """
-        path = Path(directory)
+        path: Path | str = Path(location)
         path = path if path.name == MANIFEST else path / MANIFEST
+        path = url_of(path) or path
         loaded = _load_json(path)
         version = loaded.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -197,17 +202,10 @@ class Manifest:
         return manifest
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path | str) -> dict[str, Any]:
+    content = _content(path)
     try:
-        loaded = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise DataError("no such dataset directory", where=path.parent) from None
-        raise DataError(
-            f"no {MANIFEST}", where=path.parent, fix="conversion unfinished? run vidworld shard again"
-        ) from None
-    except OSError as error:
-        raise DataError("cannot read the manifest", where=path, got=error.strerror) from None
+        loaded = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
             "not valid JSON", where=path, got=str(error), fix="run vidworld shard again"
@@ -215,6 +213,25 @@ def _load_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise DataError("manifest", where=path, got=type(loaded).__name__, expected="a mapping")
     return dict(loaded)
+
+
+def _content(path: Path | str) -> bytes:
+    unfinished = "conversion unfinished? run vidworld shard again"
+    if isinstance(path, str):
+        try:
+            return Cache.of_environment().manifest(path)
+        except MissingFileError as error:
+            where = shown(path).removesuffix(f"/{MANIFEST}")
+            what = "no such bucket" if "bucket" in error.what else f"no {MANIFEST}"
+            raise DataError(what, where=where, fix=None if "bucket" in error.what else unfinished) from None
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise DataError("no such dataset directory", where=path.parent) from None
+        raise DataError(f"no {MANIFEST}", where=path.parent, fix=unfinished) from None
+    except OSError as error:
+        raise DataError("cannot read the manifest", where=path, got=error.strerror) from None
 
 
 def _shard_problems(shard: Shard, embodiments: set[str]) -> Iterable[str]:

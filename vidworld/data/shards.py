@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from vidworld.data.manifest import NAME_PATTERN, Manifest, Sample, Shard
-from vidworld.data.tar_reader import MEMBER_PATTERN, MemberReader, OpenShard, damaged, open_shard, unreadable
+from vidworld.data.store import Store, store_at
+from vidworld.data.tar_reader import MEMBER_PATTERN, MemberReader, OpenShard, open_shard
 from vidworld.data.video import VIDEO_SUFFIX, decode_video
 from vidworld.errors import DataError, require
 from vidworld.files import PARTIAL_SUFFIX, sync_directory
@@ -27,6 +28,8 @@ TABLES = ("actions.npy", "proprio.npy", "timestamps.npy", "meta.json")
 """Member suffixes that every sample has, next to one per view."""
 MAX_MEMBER_NAME = 100
 """Of the plainest tar header (ustar), which every reader knows."""
+FETCHES = 3
+"""Times that a local copy of a remote shard is fetched before its damage is an error."""
 
 
 def video_member(view: str) -> str:
@@ -151,8 +154,8 @@ def check_key(key: str) -> None:
 class EpisodeArrays:
     """An episode, or a clip of one, in memory and in raw units.
 
-    Exactly one of `video` and `latents` is present. Latents have their own rows when the tokenizer has a time
-    stride k: 1 + (T - 1) / k of them.
+    Exactly one of `video` and `latents` is present, none where pictures were not asked for. Latents have
+    their own rows when the tokenizer has a time stride k: 1 + (T - 1) / k of them.
     """
 
     key: str
@@ -167,38 +170,38 @@ class EpisodeArrays:
 
 
 class ShardDataset:
-    """Verified random access to the episodes of a dataset directory.
+    """Verified random access to the episodes of a dataset, in a folder or at a URL.
 
     Safe to share between threads and to pickle into worker processes; each process verifies a shard once.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, verify: bool) -> None:
-        self.directory, self.manifest, self._verify = directory, manifest, verify
+    def __init__(self, store: Store, manifest: Manifest, verify: bool) -> None:
+        self.manifest, self._store, self._verify = manifest, store, verify
         self._place = {sample.key: (shard, sample) for shard in manifest.shards for sample in shard.samples}
         self._opened: dict[str, OpenShard] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {shard.file: threading.Lock() for shard in manifest.shards}
 
     @classmethod
-    def open(cls, directory: Path | str, *, verify: bool = True) -> "ShardDataset":
+    def open(cls, location: Path | str, *, verify: bool = True) -> "ShardDataset":
         """Open a dataset; every shard must be there with the size that the manifest says.
 
-        `verify=False` skips the checksums and keeps the checks of sizes, members and shapes.
+        `location` is a folder or a URL that fsspec knows; a shard at a URL is downloaded when it is first
+        touched, see `vidworld.data.cache`. `verify=False` skips the checksums of each process and keeps the
+        checks of sizes, members and shapes.
         """
-        directory = Path(directory)
-        dataset = cls(directory, Manifest.read(directory), verify)
-        for shard in dataset.manifest.shards:
-            try:
-                size = (directory / shard.file).stat().st_size
-            except OSError as error:
-                raise unreadable(shard, directory, error) from None
-            if size != shard.bytes:
-                raise damaged(shard, directory, f"{size} bytes", f"{shard.bytes} bytes")
+        dataset = cls(store_at(location), Manifest.read(location), verify)
+        dataset._store.check(dataset.manifest.shards)
         return dataset
 
-    def __getstate__(self) -> tuple[Path, Manifest, bool]:
-        return self.directory, self.manifest, self._verify
+    @property
+    def directory(self) -> Path | str:
+        """The folder or URL."""
+        return self._store.where
 
-    def __setstate__(self, state: tuple[Path, Manifest, bool]) -> None:
+    def __getstate__(self) -> tuple[Store, Manifest, bool]:
+        return self._store, self.manifest, self._verify
+
+    def __setstate__(self, state: tuple[Store, Manifest, bool]) -> None:
         self.__init__(*state)
 
     def sample(self, key: str) -> Sample:
@@ -209,9 +212,10 @@ class ShardDataset:
         """Read a whole episode."""
         return self.read_clip(key, 0, self.sample(key).frames)
 
-    def read_clip(self, key: str, start: int, length: int) -> EpisodeArrays:
+    def read_clip(self, key: str, start: int, length: int, *, pictures: bool = True) -> EpisodeArrays:
         """Read frames `start` to `start + length` of an episode, decoding only those.
 
+        Without `pictures`, neither video nor latents are read.
         Latents with a time stride k need `start` and `length - 1` divisible by k.
         """
         shard, sample = self._locate(key)
@@ -221,7 +225,7 @@ class ShardDataset:
                 got=f"frames {start} to {start + length}",
                 expected=f"within 0 to {sample.frames}",
             )
-        with MemberReader(self.directory, shard, sample, self._open(shard)) as reader:
+        with self._reader(shard, sample) as reader:
             contract = self.manifest.contract(sample.embodiment)
             rows = slice(start, start + length)
 
@@ -230,8 +234,8 @@ class ShardDataset:
 
             return EpisodeArrays(
                 key=key,
-                video=self._video(reader, rows) if self.manifest.kind == "video" else None,
-                latents=self._latents(reader, rows) if self.manifest.kind == "latents" else None,
+                video=self._video(reader, rows) if pictures and self.manifest.kind == "video" else None,
+                latents=self._latents(reader, rows) if pictures and self.manifest.kind == "latents" else None,
                 actions_TA=table("actions.npy", (len(contract.action),), ("float32",)),
                 proprio_TS=table("proprio.npy", (len(contract.proprio),), ("float32",)),
                 timestamps_T=table("timestamps.npy", (), ("float64", "float32")),
@@ -245,7 +249,7 @@ class ShardDataset:
 
     def verify_shard(self, shard: Shard) -> None:
         """Check one shard now, checksum included."""
-        open_shard(self.directory, shard, self._suffixes(), verify=True)
+        self._check(shard, verify=True)
 
     def _video(self, reader: MemberReader, rows: slice) -> dict[str, np.ndarray]:
         videos = {}
@@ -290,12 +294,37 @@ class ShardDataset:
         except KeyError:
             raise DataError(f"no sample {key!r}", where=self.directory) from None
 
+    def _reader(self, shard: Shard, sample: Sample) -> MemberReader:
+        """An open reader of one sample; a local copy evicted since it was checked is fetched again."""
+        for tries_left in reversed(range(FETCHES)):
+            opened = self._open(shard)
+            reader = MemberReader(self._store.path(shard), shard, sample, opened, where=self.directory)
+            try:
+                return reader.open()
+            except DataError:
+                if not self._store.replaces or not tries_left:
+                    raise
+                self._opened.pop(shard.file, None)
+        raise AssertionError("the last try returns or raises")
+
     def _open(self, shard: Shard) -> OpenShard:
         opened = self._opened.get(shard.file)
         if opened is None:
-            with self._lock:
+            with self._locks[shard.file]:
                 opened = self._opened.get(shard.file)
                 if opened is None:
-                    opened = open_shard(self.directory, shard, self._suffixes(), verify=self._verify)
+                    opened = self._check(shard, verify=self._verify)
                     self._opened[shard.file] = opened
         return opened
+
+    def _check(self, shard: Shard, *, verify: bool) -> OpenShard:
+        """Check a shard; a local copy that is damaged or gone is fetched again."""
+        for tries_left in reversed(range(FETCHES)):
+            path = self._store.path(shard)
+            try:
+                return open_shard(path, shard, self._suffixes(), verify=verify, where=self.directory)
+            except DataError:
+                if not self._store.replaces or not tries_left:
+                    raise
+                self._store.drop(shard)
+        raise AssertionError("the last try returns or raises")

@@ -21,10 +21,12 @@ from typing import Any
 
 from vidworld.config import from_mapping, to_mapping
 from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Shard
+from vidworld.data.store import store_at
 from vidworld.errors import ConfigError, DataError
 from vidworld.files import sha256_of, sync_directory, write_atomic
 
 LOCK = ".vidworld.lock"
+DELIVERED = ".delivered.json"
 STAGING = ".partial"
 SHARDS = "shards"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -125,11 +127,20 @@ def existing(out: Path, identity: Mapping[str, Any]) -> Manifest | None:
     except DataError as error:
         raise DataError(f"the dataset that is here already is unreadable ({error})", fix=_REPLACE) from None
     require_same(manifest.options, identity, out)
-    for shard in manifest.shards:
-        path = out / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise DataError(f"shard {shard.file} is missing or cut", where=out, fix=_REPLACE)
+    url = delivered_to(out, manifest)
+    where = out if url is None else url
+    try:
+        store_at(where).check(manifest.shards)
+    except DataError as error:
+        raise DataError(f"a shard is missing or cut ({error})", fix=_REPLACE) from None
     return manifest
+
+
+def delivered_to(out: Path, manifest: Manifest) -> str | None:
+    """The URL to which the shards of the dataset of a folder were moved, see `vidworld.data.deliver`."""
+    note = out / DELIVERED
+    said = json.loads(note.read_bytes()) if note.is_file() else {}
+    return said.get("url") if said.get("digest") == manifest.digest else None
 
 
 def require_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
@@ -160,7 +171,7 @@ def locked(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", got=out, expected="a directory")
-    ours = (MANIFEST, STAGING, LOCK)
+    ours = (MANIFEST, STAGING, LOCK, DELIVERED)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ours):
         raise ConfigError("--out holds other files", got=out, fix="choose a new or empty directory")
     try:

@@ -45,53 +45,55 @@ class OpenShard:
     """Sample key -> member suffix -> where it lies."""
 
 
-def open_shard(directory: Path, shard: Shard, suffixes: Iterable[str], *, verify: bool) -> OpenShard:
+def open_shard(
+    path: Path, shard: Shard, suffixes: Iterable[str], *, verify: bool, where: Path | str
+) -> OpenShard:
     """Check a shard's size, checksum and members, and index it; each sample must have `suffixes`.
 
-    Raises DataError naming the shard.
+    `path` is the file, `where` the dataset it belongs to. Raises DataError naming the shard.
     """
     try:
-        with open(directory / shard.file, "rb") as file:
+        with open(path, "rb") as file:
             fingerprint = _fingerprint(file.fileno())
             if fingerprint[0] != shard.bytes:
-                raise damaged(shard, directory, f"{fingerprint[0]} bytes", f"{shard.bytes} bytes")
+                raise damaged(shard, where, f"{fingerprint[0]} bytes", f"{shard.bytes} bytes")
             if verify:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != shard.sha256:
-                    raise damaged(shard, directory, f"sha256 {found[:12]}", shard.sha256[:12])
+                    raise damaged(shard, where, f"sha256 {found[:12]}", shard.sha256[:12])
                 file.seek(0)
-            members = _index(file, shard, directory)
+            members = _index(file, shard, where)
     except OSError as error:
-        raise unreadable(shard, directory, error) from None
+        raise unreadable(shard, where, error) from None
     expected = [sample.key for sample in shard.samples]
     if list(members) != expected:
         got = f"{len(members)} samples ({_brief(members)})"
-        raise damaged(shard, directory, got, f"{len(expected)} ({_brief(expected)})")
+        raise damaged(shard, where, got, f"{len(expected)} ({_brief(expected)})")
     for key, present in members.items():
         if missing := set(suffixes) - present.keys():
             got = f"sample {key!r} without {', '.join(sorted(missing))}"
-            raise damaged(shard, directory, got, "all members")
+            raise damaged(shard, where, got, "all members")
     return OpenShard(fingerprint, members)
 
 
-def unreadable(shard: Shard, directory: Path, error: OSError) -> DataError:
+def unreadable(shard: Shard, where: Path | str, error: OSError) -> DataError:
     """The error for a shard that is missing or cannot be read."""
     fix = "copy it again or run vidworld shard again" if isinstance(error, FileNotFoundError) else None
-    return DataError(f"cannot read shard {shard.file}", where=directory, got=error.strerror, fix=fix)
+    return DataError(f"cannot read shard {shard.file}", where=where, got=error.strerror, fix=fix)
 
 
-def damaged(shard: Shard, directory: Path, got: str, expected: str) -> DataError:
+def damaged(shard: Shard, where: Path | str, got: str, expected: str) -> DataError:
     """The error for a shard that is not what the manifest says."""
     return DataError(
         f"shard {shard.file} is damaged",
-        where=directory,
+        where=where,
         got=got,
         expected=expected,
         fix="copy it again or run vidworld shard again",
     )
 
 
-def _index(file: io.BufferedReader, shard: Shard, directory: Path) -> dict[str, dict[str, Member]]:
+def _index(file: io.BufferedReader, shard: Shard, where: Path | str) -> dict[str, dict[str, Member]]:
     """Key -> suffix -> place, from the tar headers; samples must lie in one piece."""
     members: dict[str, dict[str, Member]] = {}
     current = ""
@@ -103,43 +105,46 @@ def _index(file: io.BufferedReader, shard: Shard, directory: Path) -> dict[str, 
                 if not entry.isreg() or not named:
                     got = f"member {entry.name[:100]!r}"
                     raise damaged(
-                        shard, directory, got, "files KEY.name.mp4, .jpg, .png, .npy, .npz, .json, .txt"
+                        shard, where, got, "files KEY.name.mp4, .jpg, .png, .npy, .npz, .json, .txt"
                     )
                 if entry.size > MAX_MEMBER_BYTES:
                     got = f"member of {entry.size} bytes"
-                    raise damaged(shard, directory, got, f"at most {MAX_MEMBER_BYTES}")
+                    raise damaged(shard, where, got, f"at most {MAX_MEMBER_BYTES}")
                 if key != current and key in members:
-                    raise damaged(shard, directory, f"sample {key!r} in pieces", "each sample in one piece")
+                    raise damaged(shard, where, f"sample {key!r} in pieces", "each sample in one piece")
                 current = key
                 if suffix in members.setdefault(key, {}):
-                    raise damaged(shard, directory, f"member {entry.name!r} twice", "once")
+                    raise damaged(shard, where, f"member {entry.name!r} twice", "once")
                 members[key][suffix] = Member(entry.offset_data, entry.size)
     except tarfile.TarError as error:
-        raise damaged(shard, directory, str(error), "a readable tar") from None
+        raise damaged(shard, where, str(error), "a readable tar") from None
     return members
 
 
 class MemberReader:
-    """Members of one sample of a checked shard; use it in a `with` block.
+    """Members of one sample of a checked shard; open it, and use it in a `with` block."""
 
-    Raises DataError when the file is no longer the one that was checked.
-    """
+    def __init__(
+        self, path: Path, shard: Shard, sample: Sample, opened: OpenShard, *, where: Path | str
+    ) -> None:
+        self.path, self.shard, self.sample, self.opened, self.where = path, shard, sample, opened, where
 
-    def __init__(self, directory: Path, shard: Shard, sample: Sample, opened: OpenShard) -> None:
-        self.directory, self.shard, self.sample, self.opened = directory, shard, sample, opened
-
-    def __enter__(self) -> "MemberReader":
+    def open(self) -> "MemberReader":
+        """Open the file. Raises DataError when it is no longer the one that was checked."""
         try:
-            self._handle = os.open(self.directory / self.shard.file, os.O_RDONLY)
+            self._handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise unreadable(self.shard, self.directory, error) from None
+            raise unreadable(self.shard, self.where, error) from None
         if _fingerprint(self._handle) != self.opened.fingerprint:
             os.close(self._handle)
             raise DataError(
                 f"shard {self.shard.file} changed while it was in use",
-                where=self.directory,
+                where=self.where,
                 fix="start again when nothing writes to the dataset",
             )
+        return self
+
+    def __enter__(self) -> "MemberReader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,7 +189,7 @@ class MemberReader:
     def bad(self, suffix: str, got: str, expected: str) -> DataError:
         """An error that names the member."""
         name = f"{self.sample.key}.{suffix}"
-        return DataError(name, where=self.directory / self.shard.file, got=got, expected=expected)
+        return DataError(name, where=f"{self.where}/{self.shard.file}", got=got, expected=expected)
 
     def _pread(self, suffix: str, offset: int, size: int) -> bytes:
         pieces = bytearray()
