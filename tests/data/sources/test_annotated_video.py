@@ -341,6 +341,13 @@ def test_damaged_files(subset, content, message):
         source.read("train-0")
 
 
+def test_a_json_too_large_is_not_read(subset):
+    with (subset / "annotation/train/0.json").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(DataError, match=r"size of the JSON .*got 268435457 bytes, expected 268435456"):
+        AnnotatedVideoSource(subset).read("train-0")
+
+
 def test_infinite_and_missing_numbers_reach_the_converter(subset, tmp_path):
     """Values that are not finite are recorded facts: the converter refuses them with row and name."""
     edit(subset / "annotation/train/9.json", lambda record: record["states"][2].__setitem__(1, float("nan")))

@@ -225,13 +225,13 @@ def _first_readable(folder: Path) -> tuple[Path, dict[str, Any], Layout]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DataError(
-                "size of the JSON", where=path, got=size, expected=f"at most {MAX_JSON_BYTES} bytes"
-            )
-        record = json.loads(path.read_bytes())
+        content = path.read_bytes() if size <= MAX_JSON_BYTES else b""
     except OSError as error:
         raise DataError("cannot read the JSON", where=path, got=error.strerror) from None
+    if size > MAX_JSON_BYTES:
+        raise DataError("size of the JSON", where=path, got=f"{size} bytes", expected=MAX_JSON_BYTES)
+    try:
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError("damaged JSON", where=path, got=str(error)[:200]) from None
     if not isinstance(record, dict):

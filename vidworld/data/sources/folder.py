@@ -204,6 +204,7 @@ class FolderSource:
         for setting, needed in (("videos", several), ("rows", {"episode"}), ("text_file", {"episode"})):
             if (pattern := getattr(layout, setting)) is not None:
                 _check_pattern(pattern, setting, needed, file)
+                inside(self.root, pattern, where=f"{setting} of {file}")
         if Path(layout.rows).suffix not in (".csv", ".npz", ".npy"):
             raise ConfigError("setting 'rows'", where=file, got=layout.rows, expected=".csv, .npz or .npy")
 
@@ -251,6 +252,9 @@ def _select(columns: list[str], facts: Mapping[str, Any], where: str) -> dict[st
         changes = {key: value for key, value in vars(said).items() if value is not None}
         for column in matches:
             chosen[column] = replace(chosen.get(column) or guess_dimension(column), **changes)
+    names = [dimension.name for dimension in chosen.values()]
+    if len(set(names)) < len(names):
+        raise ConfigError("two columns under one name", where=where, got=", ".join(names))
     return chosen
 
 

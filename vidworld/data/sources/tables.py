@@ -4,7 +4,9 @@ Cells must be numbers: `nan` and `inf` are read, and the converter then refuses 
 """
 
 import csv
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +15,20 @@ import numpy as np
 from vidworld.errors import DataError
 
 MAX_BYTES = 2**30
+_DAMAGE = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy and zipfile raise on damaged files."""
 
 
 def read_columns(path: Path, names: Sequence[str] | None, delimiter: str = ",") -> dict[str, np.ndarray]:
@@ -31,16 +47,13 @@ def read_columns(path: Path, names: Sequence[str] | None, delimiter: str = ",") 
             case ".csv":
                 columns = _read_csv(path, names, delimiter)
             case ".npz" | ".npy":
-                columns = dict(_read_numpy(path))
+                columns = _read_numpy(path, names)
             case _:
                 raise AssertionError(path.suffix)
     except OSError as error:
         raise DataError("cannot read the table", where=path, got=error.strerror or error) from None
     if not columns:
         raise DataError("no column", where=path)
-    for name in names or ():
-        if name not in columns:
-            raise DataError(f"no column {name!r}", where=path, got=", ".join(list(columns)[:20]))
     lengths = {name: len(columns[name]) for name in names or columns}
     longest, shortest = max(lengths, key=lengths.__getitem__), min(lengths, key=lengths.__getitem__)
     if lengths[longest] != lengths[shortest]:
@@ -59,7 +72,8 @@ def _read_csv(path: Path, names: Sequence[str] | None, delimiter: str) -> dict[s
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             header = [cell.strip() for cell in next(rows, [])]
             _check_header(header, path, delimiter)
-            wanted = [name for name in header if names is not None and name in names]
+            _check_names(names, header, path)
+            wanted = list(dict.fromkeys(names or ()))
             indices = [header.index(name) for name in wanted]
             values: list[list[float]] = []
             for number, row in enumerate(rows if wanted else ()):
@@ -121,8 +135,8 @@ def _number(cell: str, column: str, row: int, path: Path) -> float:
         ) from None
 
 
-def _read_numpy(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Columns of arrays: [T] is one, [T, D] are D, a structured [T] is one a named field."""
+def _read_numpy(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Columns of arrays; without `names`, those that hold numbers."""
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
@@ -130,26 +144,35 @@ def _read_numpy(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             if unpacked > MAX_BYTES:
                 raise DataError("size of the table", where=path, got=f"{unpacked} bytes", expected=MAX_BYTES)
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+                columns = dict(part for name in arrays.files for part in _columns(name, arrays[name]))
         else:
-            found = {"": np.load(path, allow_pickle=False)}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DataError(f"damaged {path.suffix[1:]}", where=path, got=error) from None
-    for name, array in found.items():
-        if array.dtype.names and array.ndim == 1:
-            yield from ((column, _plain(array[column], column, path)) for column in array.dtype.names)
-        elif array.ndim == 2:
-            prefix = f"{name}." if name else ""
-            yield from (
-                (f"{prefix}{index}", _plain(array[:, index], name, path)) for index in range(array.shape[1])
-            )
-        elif array.ndim == 1:
-            yield name or "0", _plain(array, name, path)
+            columns = dict(_columns("", np.load(path, allow_pickle=False)))
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(f"damaged {path.suffix[1:]}", where=path, got=error or type(error).__name__) from None
+    if names is None:
+        return {name: column for name, column in columns.items() if column.dtype.kind in "biuf"}
+    _check_names(names, list(columns), path)
+    for name in names:
+        if columns[name].dtype.kind not in "biuf":
+            raise DataError(f"column {name!r}", where=path, got=columns[name].dtype, expected="numbers")
+    return {name: columns[name].astype(np.float64) for name in names}
 
 
-def _plain(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    if array.dtype.kind not in "biuf" or array.ndim != 1:
-        raise DataError(
-            f"array {name!r}", where=path, got=f"{array.dtype} {array.shape}", expected="one number a row"
-        )
-    return array.astype(np.float64)
+def _columns(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """[T] is one column, [T, D] are D, a structured [T] is one a named field; the rest is none."""
+    if array.dtype.names:
+        fields = ((field, array[field]) for field in array.dtype.names)
+        yield from ((field, column) for field, column in fields if column.ndim == 1)
+    elif array.ndim == 1:
+        yield name or "0", array
+    elif array.ndim == 2:
+        prefix = f"{name}." if name else ""
+        yield from ((f"{prefix}{index}", array[:, index]) for index in range(array.shape[1]))
+
+
+def _check_names(names: Sequence[str] | None, columns: Sequence[str], path: Path) -> None:
+    for name in names or ():
+        if name not in columns:
+            raise DataError(f"no column {name!r}", where=path, got=", ".join(columns[:20]))
