@@ -307,12 +307,32 @@ def test_fit_is_anti_aliased():
     assert abs(small.astype(int) - 127).max() <= 16
 
 
-def test_fit_is_the_converters_resize(clip):
-    prepare = pytest.importorskip("vidworld.data.prepare")
-    for mode in ("crop", "pad", "stretch"):
-        for width, height in ((32, 32), (20, 40), (96, 64)):
-            ours = media.fit(clip[0], width=width, height=height, mode=mode)
-            assert np.array_equal(ours, prepare.resize(clip[0], width, height, mode))
+@pytest.mark.parametrize("mode", ["crop", "pad", "stretch"])
+def test_fit_of_any_size(mode):
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        height, width = (int(value) for value in generator.integers(8, 400, 2))
+        picture = generator.integers(0, 256, (height, width, 3), np.uint8)
+        assert media.fit(picture, width=48, height=32, mode=mode).shape == (32, 48, 3)
+
+
+def test_fit_keeps_the_centre_all_or_neither():
+    wide = np.zeros((60, 120, 3), np.uint8)
+    wide[:, 30:90] = (10, 200, 10)
+    tall = np.ascontiguousarray(wide.transpose(1, 0, 2))
+
+    def fitted(picture, mode):
+        return media.fit(picture, width=32, height=32, mode=mode).astype(int)
+
+    assert np.abs(fitted(wide, "crop")[:, 1:-1] - (10, 200, 10)).max() <= 2
+    assert np.abs(fitted(tall, "crop")[1:-1] - (10, 200, 10)).max() <= 2
+    padded = fitted(wide, "pad")
+    assert (padded[:8] == 0).all()
+    assert (padded[24:] == 0).all()
+    assert np.abs(padded[10:22, 12:20] - (10, 200, 10)).max() <= 2
+    assert (fitted(tall, "pad")[:, :8] == 0).all()
+    assert fitted(wide, "stretch")[16, 2, 1] < 5
+    assert fitted(wide, "stretch")[2, 16, 1] > 195
 
 
 def test_grid_places_every_video(clip):

@@ -1,7 +1,7 @@
 import pytest
 
 from vidworld.contract import Dimension
-from vidworld.data.contract_file import read_contracts
+from vidworld.data.contract_file import Described, read_contracts
 from vidworld.errors import ConfigError
 from vidworld.types import EmbodimentSpec
 
@@ -34,7 +34,9 @@ def test_says_what_the_logs_do_not(file):
           gripper: {name: grip, unit: "1", kind: binary}
         """
     )
-    spec = read_contracts([path], [ARM])["arm"]
+    described = read_contracts([path], [ARM])["arm"]
+    spec = described.spec
+    assert described.mapping is None, "no number changes"
     assert (spec.embodiment, spec.control_frame, spec.note) == ("cr5", "joint", "measured")
     assert spec.action == (
         Dimension("joint_0_vel", "rad/s", "velocity"),
@@ -45,8 +47,8 @@ def test_says_what_the_logs_do_not(file):
 
 
 def test_nothing_said_nothing_changed(file):
-    assert read_contracts([], [ARM]) == {"arm": ARM}
-    assert read_contracts([file("")], [ARM]) == {"arm": ARM}
+    assert read_contracts([], [ARM]) == {"arm": Described(ARM)}
+    assert read_contracts([file("")], [ARM]) == {"arm": Described(ARM)}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_several_robots_need_a_file_each(file):
         read_contracts([file("note: x")], [ARM, leg])
     one, two = file("applies_to: leg\nnote: x", "1.yaml"), file("applies_to: leg\nnote: y", "2.yaml")
     described = read_contracts([one], [ARM, leg])
-    assert (described["arm"], described["leg"].note) == (ARM, "x")
+    assert (described["arm"].spec, described["leg"].spec.note) == (ARM, "x")
     with pytest.raises(ConfigError, match="second contract file"):
         read_contracts([one, two], [ARM, leg])
     with pytest.raises(ConfigError, match="one name"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidworld.contract import Dimension
-from vidworld.data.prepare import Recipe, decimation, prepare, resample_actions, resize
+from vidworld.data.prepare import Recipe, decimation, prepare, resample_actions
 from vidworld.data.sources.base import video_of
 from vidworld.data.video import decode_video
 from vidworld.errors import DataError
@@ -209,31 +209,3 @@ def test_decimation_is_whole():
     for target in (20, 60, 8):
         with pytest.raises(DataError, match="whole fraction of the recorded rate: 30, 15, 10"):
             decimation(30, target)
-
-
-def test_crop_keeps_the_centre_pad_keeps_all_stretch_neither():
-    wide = np.zeros((60, 120, 3), np.uint8)
-    wide[:, 30:90] = (10, 200, 10)
-    cropped = resize(wide, 32, 32, "crop")
-    assert np.abs(cropped[:, 1:-1].astype(int) - (10, 200, 10)).max() <= 2
-    padded = resize(wide, 32, 32, "pad")
-    assert (padded[:8] == 0).all()
-    assert (padded[24:] == 0).all()
-    assert np.abs(padded[10:22, 12:20].astype(int) - (10, 200, 10)).max() <= 2
-    stretched = resize(wide, 32, 32, "stretch")
-    assert stretched[16, 2, 1] < 5
-    assert stretched[2, 16, 1] > 195
-    tall = np.ascontiguousarray(wide.transpose(1, 0, 2))
-    assert (resize(tall, 32, 32, "pad")[:, :8] == 0).all()
-    assert np.abs(resize(tall, 32, 32, "crop")[1:-1].astype(int) - (10, 200, 10)).max() <= 2
-
-
-@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_resize_of_any_size(fit):
-    generator = np.random.default_rng(0)
-    for _ in range(30):
-        height, width = (int(value) for value in generator.integers(8, 400, 2))
-        frame = generator.integers(0, 256, (height, width, 3), np.uint8)
-        assert resize(frame, 48, 32, fit).shape == (32, 48, 3)
-    same = generator.integers(0, 256, (32, 48, 3), np.uint8)
-    assert resize(same, 48, 32, fit) is same

@@ -1,28 +1,44 @@
-"""One episode of any source, checked, trimmed, resampled, resized and encoded into the members of a sample.
+"""One episode of any source, checked, trimmed, mapped, resampled, resized and encoded into a sample.
 
 This is all that a worker process does, and the only place that decides whether an episode is good.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
+from vidworld import media
 from vidworld.contract import Dimension
+from vidworld.data.mapping import EmbodimentMapping
+from vidworld.data.resample import (
+    actions_on_grid,
+    decimation,
+    even_grid,
+    proprio_on_grid,
+    resample_actions,
+    whole_fraction,
+)
 from vidworld.data.shards import json_bytes, npy_bytes, video_member
 from vidworld.data.video import encode_video
 from vidworld.errors import DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
 
 Fit = Literal["crop", "pad", "stretch"]
-Trim = Literal["refuse", "shorter"]
+Trim = Literal["refuse", "shorter", "head"]
+Resample = Literal["refuse", "nearest"]
 
-RATE_TOLERANCE = 0.01
 CLOCK_TOLERANCE = 0.25
 """Recorded clocks jitter; a median step this share off the declared rate is another rate."""
+MOST_TRIMMED = 0.2
+"""Rows and frames that differ by more than this share were not recorded together."""
+_SUCCESS: Mapping[str, bool | None] = {
+    **dict.fromkeys(("1", "1.0", "true", "success", "successful", "succeeded", "yes"), True),
+    **dict.fromkeys(("0", "0.0", "false", "failure", "fail", "failed", "no"), False),
+    **dict.fromkeys(("", "none", "null", "unknown", "nan"), None),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,25 @@ class Recipe:
     min_frames: int
     embodiments: dict[str, EmbodimentSpec]
     """Name in the source -> specification in the dataset."""
+    mappings: dict[str, EmbodimentMapping] = field(default_factory=dict)
+    """Name in the source -> what happens to its numbers; those that stay as they are, are not in it."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Name in the source -> rows a second, where the logs do not say (`Episode.fps` 0)."""
+    resample: Resample = "refuse"
+    """At a rate that is no whole fraction of the recorded one."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which frames of the videos are used, and in what way that is said."""
+
+    rows: int
+    """Frames and rows after the trim."""
+    starts: dict[str, int]
+    """View -> its first frame that counts."""
+    frames_N: np.ndarray
+    """Of those frames, the ones that are kept: ascending, and the same twice where a clock has a gap."""
+    trimmed: bool
 
 
 @dataclass(frozen=True)
@@ -61,158 +96,170 @@ def prepare(episode: Episode, recipe: Recipe) -> Prepared:
     if missing := [view for view in recipe.views if view not in episode.views]:
         raise DataError(f"no view {missing[0]!r}", got=", ".join(episode.views))
     spec = recipe.embodiments[episode.embodiment]
-    step = decimation(episode.fps, recipe.fps)
-    episode, trimmed = _trim(episode, recipe)
-    _check(episode, spec)
-    length = len(range(0, len(episode), step))
+    mapping = recipe.mappings.get(episode.embodiment)
+    episode = _with_clock(episode, recipe.rates.get(episode.embodiment))
+    if recipe.resample == "refuse":
+        decimation(episode.fps, recipe.fps)
+    episode, starts, facts = _trim(episode, recipe)
+    _check(episode, spec, mapping)
+    rows, trimmed = len(episode), bool(facts)
+    if mapping:
+        episode = mapping.mapped(episode)
+    episode, frames_N, resampled = _at_rate(episode, spec, recipe)
+    length = len(frames_N)
     if length < recipe.min_frames:
         raise DataError("too short", got=f"{length} frames", expected=f"at least {recipe.min_frames}")
 
-    actions_TA = resample_actions(episode.actions_TA, spec.action, step)
+    text = episode.text.strip()
     meta = {
         "episode_id": episode.episode_id,
         "embodiment": spec.embodiment,
-        "text": episode.text,
+        "text": text,
         "fps": recipe.fps,
         "frames": length,
         "views": list(recipe.views),
-        "outcome": episode.outcome,
-        "source": {**episode.source, **trimmed, **({"decimation": step} if step > 1 else {})},
+        "outcome": plain_outcome(episode.outcome, mapping.success_reward if mapping else None),
+        "source": {**episode.source, **facts, **resampled},
     }
-    members = {
-        video_member(view): _encode(view, episode.views[view], len(episode), step, recipe, bool(trimmed))
-        for view in recipe.views
-    }
-    members["actions.npy"] = npy_bytes(actions_TA.astype(np.float32))
-    members["proprio.npy"] = npy_bytes(episode.proprio_TS[::step].astype(np.float32))
-    members["timestamps.npy"] = npy_bytes(episode.timestamps_T[::step].astype(np.float64))
+    taken = Taken(rows, starts, frames_N, trimmed)
+    members = {video_member(view): _encode(view, episode.views[view], taken, recipe) for view in recipe.views}
+    members["actions.npy"] = npy_bytes(episode.actions_TA.astype(np.float32))
+    members["proprio.npy"] = npy_bytes(episode.proprio_TS.astype(np.float32))
+    members["timestamps.npy"] = npy_bytes(episode.timestamps_T.astype(np.float64))
     try:
         members["meta.json"] = json_bytes(meta)
     except (TypeError, ValueError) as error:
         raise DataError("outcome or source facts that are not JSON", got=error) from None
-    return Prepared(episode.episode_id, members, length, spec.embodiment, episode.text)
+    return Prepared(episode.episode_id, members, length, spec.embodiment, text)
 
 
-def decimation(fps: float, target_fps: float) -> int:
-    """Every how-many-th frame is kept. Raises DataError when that is not a whole number."""
-    ratio = fps / target_fps
-    step = round(ratio)
-    if step < 1 or abs(ratio - step) > RATE_TOLERANCE * ratio:
-        choices = ", ".join(f"{fps / divisor:g}" for divisor in range(1, 6))
+def plain_outcome(outcome: Mapping[str, Any], success_reward: float | None = None) -> dict[str, Any]:
+    """The outcome with `success` as true or false, however the logs say it; left out when they do not know.
+
+    Without a label, a `reward` of at least `success_reward` is a success. Raises DataError for a label that
+    is neither.
+    """
+    result = dict(outcome)
+    if "success" in result:
+        label = result.pop("success")
+        value = label.item() if isinstance(label, np.generic | np.ndarray) and label.size == 1 else label
+        word = str(value).strip().lower()
+        if word not in _SUCCESS:
+            raise DataError(
+                "success label", got=repr(value)[:50], expected="true or false, 1 or 0, or a word"
+            )
+        if (success := _SUCCESS[word]) is not None:
+            return {"success": success, **result}
+    reward = result.get("reward")
+    if success_reward is not None and isinstance(reward, int | float):
+        return {"success": reward >= success_reward, **result}
+    return result
+
+
+def _with_clock(episode: Episode, rate: float | None) -> Episode:
+    """The episode at the rate that the user gives, where the logs do not say one."""
+    if episode.fps:
+        return episode
+    if rate is None:
+        raise DataError(
+            "rows a second", got="not in the logs", fix="say rate_hz in a contract file, or --fps"
+        )
+    times = episode.timestamps_T
+    if len(times) == 0 or np.array_equal(times, np.arange(len(times))):
+        times = np.arange(len(episode)) / rate
+    return dataclasses.replace(episode, fps=rate, timestamps_T=times)
+
+
+def _at_rate(
+    episode: Episode, spec: EmbodimentSpec, recipe: Recipe
+) -> tuple[Episode, np.ndarray, dict[str, Any]]:
+    """The rows at the rate of the dataset, the frames that go with them, and what to say of it."""
+    step = whole_fraction(episode.fps, recipe.fps)
+    if step is not None:
+        at_rate = dataclasses.replace(
+            episode,
+            actions_TA=resample_actions(episode.actions_TA, spec.action, step, spec.control_frame),
+            proprio_TS=episode.proprio_TS[::step],
+            timestamps_T=episode.timestamps_T[::step],
+        )
+        return at_rate, np.arange(0, len(episode), step), {"decimation": step} if step > 1 else {}
+    if recipe.fps > episode.fps:
         raise DataError(
             "frames per second",
-            got=f"{fps:g}, asked for {target_fps:g}",
-            expected=f"a whole fraction of the recorded rate: {choices} ...",
+            got=f"{episode.fps:g}, asked for {recipe.fps:g}",
+            expected="at most the recorded rate: frames are not made up",
         )
-    return step
-
-
-def resample_actions(actions_TA: np.ndarray, dimensions: tuple[Dimension, ...], step: int) -> np.ndarray:
-    """Actions [T, A] at every `step`-th frame: one command that does what the `step` recorded ones did.
-
-    Row t of the result covers rows step*t ... step*t + step-1, so what it means depends on the kind: deltas
-    add up; velocities and forces are averaged (the displacement, or impulse, stays); of positions and binary
-    commands the last one is what held when the next kept frame was taken.
-    Raises DataError for a dimension of unknown kind.
-    """
-    if step == 1:
-        return actions_TA
-    columns = []
-    starts = np.arange(0, len(actions_TA), step)
-    counts = np.diff(np.append(starts, len(actions_TA)))
-    for dimension, column in zip(dimensions, actions_TA.astype(np.float64).T, strict=True):
-        match dimension.kind:
-            case "delta":
-                columns.append(np.add.reduceat(column, starts))
-            case "velocity" | "force":
-                columns.append(np.add.reduceat(column, starts) / counts)
-            case "position" | "binary":
-                columns.append(column[starts + counts - 1])
-            case "unknown":
-                raise unknown_kind(dimension)
-            case _:
-                raise AssertionError(dimension.kind)
-    return np.stack(columns, axis=1) if columns else np.zeros((len(starts), 0))
-
-
-def unknown_kind(dimension: Dimension) -> DataError:
-    """The error of resampling an action whose meaning nobody gave."""
-    return DataError(
-        f"action {dimension.name!r} cannot be resampled",
-        got="kind unknown",
-        expected="position, velocity, delta, binary or force",
-        fix="say it in a contract file: --contract FILE",
+    grid = even_grid(episode.timestamps_T, recipe.fps)
+    frames_N = grid.frames_N
+    off_s = np.abs(episode.timestamps_T[frames_N] - grid.at_N).max()
+    facts = {
+        "policy": "nearest",
+        "from_fps": episode.fps,
+        "repeated_frames": int((np.diff(frames_N) == 0).sum()),
+        "most_off_s": round(float(off_s), 6),
+    }
+    at_rate = dataclasses.replace(
+        episode,
+        actions_TA=actions_on_grid(episode.actions_TA, spec.action, grid, spec.control_frame),
+        proprio_TS=proprio_on_grid(episode.proprio_TS, spec.proprio, grid),
+        timestamps_T=grid.at_N,
     )
+    return at_rate, frames_N, {"resampled": facts}
 
 
-def resize(frame: np.ndarray, width: int, height: int, fit: Fit) -> np.ndarray:
-    """Resize RGB [H, W, 3] uint8: cut the centre to the aspect, pad with black, or stretch; anti-aliased."""
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise DataError("video frame", got=f"{frame.dtype} {frame.shape}", expected="uint8 [H, W, 3]")
-    source_height, source_width = frame.shape[:2]
-    if (source_height, source_width) == (height, width):
-        return frame
-    across, down = source_width / width, source_height / height
-    box, size = (0.0, 0.0, float(source_width), float(source_height)), (width, height)
-    match fit:
-        case "crop":
-            kept_width = min(width * min(across, down), source_width)
-            kept_height = min(height * min(across, down), source_height)
-            left, top = (source_width - kept_width) / 2, (source_height - kept_height) / 2
-            box = (left, top, left + kept_width, top + kept_height)
-        case "pad":
-            scale = max(across, down)
-            size = (max(1, round(source_width / scale)), max(1, round(source_height / scale)))
-        case "stretch":
-            pass
-        case _:
-            raise AssertionError(fit)
-    picture = np.asarray(
-        Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    )
-    if size == (width, height):
-        return picture
-    canvas = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - size[1]) // 2, (width - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = picture
-    return canvas
-
-
-def _trim(episode: Episode, recipe: Recipe) -> tuple[Episode, dict[str, Any]]:
-    """Make rows and frames equally many, if the policy allows; says what was cut."""
+def _trim(episode: Episode, recipe: Recipe) -> tuple[Episode, dict[str, int], dict[str, Any]]:
+    """Make rows and frames equally many, if the policy allows; says where views begin and what was cut."""
     rows = len(episode.actions_TA)
     for name, array in (("proprio", episode.proprio_TS), ("timestamps", episode.timestamps_T)):
         if len(array) != rows:
             raise DataError(f"rows of {name}", got=len(array), expected=f"{rows} as actions")
     counts = {"rows": rows, **{view: episode.views[view].num_frames for view in recipe.views}}
+    starts = dict.fromkeys(recipe.views, 0)
     shortest = min(counts.values())
     if not shortest:
         empty = next(name for name, count in counts.items() if not count)
         raise DataError("no rows" if empty == "rows" else f"no frames in view {empty!r}")
     if len(set(counts.values())) == 1:
-        return episode, {}
+        return episode, starts, {}
+    found = ", ".join(f"{name} {count}" for name, count in counts.items())
     if recipe.trim == "refuse":
         raise DataError(
             "rows and video frames differ in number",
-            got=", ".join(f"{name} {count}" for name, count in counts.items()),
+            got=found,
             expected="as many",
-            fix="--trim shorter cuts the longer ones at their end",
+            fix="--trim shorter cuts the longer ones at their end, --trim head at their start",
         )
+    longest = max(counts.values())
+    if longest - shortest > max(1, MOST_TRIMMED * longest):
+        raise DataError(
+            "rows and video frames differ too much to be trimmed",
+            got=found,
+            expected=f"within {MOST_TRIMMED:.0%}: is one of them at another rate?",
+        )
+    first = 0
+    if recipe.trim == "head":
+        first = rows - shortest
+        starts = {view: counts[view] - shortest for view in recipe.views}
+    kept = slice(first, first + shortest)
     cut = dataclasses.replace(
         episode,
-        actions_TA=episode.actions_TA[:shortest],
-        proprio_TS=episode.proprio_TS[:shortest],
-        timestamps_T=episode.timestamps_T[:shortest],
+        actions_TA=episode.actions_TA[kept],
+        proprio_TS=episode.proprio_TS[kept],
+        timestamps_T=episode.timestamps_T[kept],
     )
-    return cut, {"trimmed": {"policy": recipe.trim, "to": shortest, "from": counts}}
+    return cut, starts, {"trimmed": {"policy": recipe.trim, "to": shortest, "from": counts}}
 
 
-def _check(episode: Episode, spec: EmbodimentSpec) -> None:
-    """Refuse values that cannot be: widths, not finite, a clock that stands, goes back or runs otherwise."""
-    for role, values, dimensions in (
-        ("action", episode.actions_TA, spec.action),
-        ("proprio", episode.proprio_TS, spec.proprio),
-    ):
+def _check(episode: Episode, spec: EmbodimentSpec, mapping: EmbodimentMapping | None) -> None:
+    """Refuse values that cannot be: widths, not finite, a clock that stands, goes back or runs otherwise.
+
+    Checks what was recorded: before the mapping, if there is one.
+    """
+    tables: list[tuple[str, np.ndarray, tuple[Dimension, ...]]] = [
+        ("action", episode.actions_TA, mapping.action.recorded if mapping else spec.action),
+        ("proprio", episode.proprio_TS, mapping.proprio.recorded if mapping else spec.proprio),
+    ]
+    for role, values, dimensions in tables[1 if mapping and mapping.action_from else 0 :]:
         if values.ndim != 2 or values.shape[1] != len(dimensions):
             raise DataError(f"{role} shape", got=values.shape, expected=f"[T, {len(dimensions)}]")
         bad = np.argwhere(~np.isfinite(values))
@@ -239,35 +286,29 @@ def _check(episode: Episode, spec: EmbodimentSpec) -> None:
         )
 
 
-def _encode(view: str, video: Video, rows: int, step: int, recipe: Recipe, trimmed: bool) -> bytes:
-    """Decode, keep every `step`-th of the first `rows` frames, resize and encode."""
+def _encode(view: str, video: Video, taken: Taken, recipe: Recipe) -> bytes:
+    """Decode, keep the frames taken, resize and encode."""
+    start, repeats = taken.starts[view], np.bincount(taken.frames_N, minlength=taken.rows)
 
     def pictures() -> Iterator[np.ndarray]:
         given = 0
-        for index, frame in enumerate(video.frames()):
-            if index >= rows:
-                if trimmed:
+        for index, frame in enumerate(video.frames(), -start):
+            if index >= taken.rows:
+                if taken.trimmed:
                     return
-                raise DataError(f"frames of view {view!r}", got="more", expected=f"{rows} as announced")
+                raise DataError(f"frames of view {view!r}", got="more", expected=f"{taken.rows} as announced")
+            if index < 0:
+                continue
             given += 1
-            if index % step == 0:
-                yield resize(frame, recipe.width, recipe.height, recipe.fit)
-        if given < rows:
-            raise DataError(f"frames of view {view!r}", got=given, expected=f"{rows} as announced")
+            for _ in range(repeats[index]):
+                yield _resize(frame, recipe)
+        if given < taken.rows:
+            raise DataError(f"frames of view {view!r}", got=given, expected=f"{taken.rows} as announced")
 
     return encode_video(pictures(), recipe.fps)
 
 
-def resampling_note(spec: EmbodimentSpec) -> str:
-    """What a contract says of actions that were resampled."""
-    rules = {
-        "delta": "deltas added",
-        "velocity": "velocities averaged",
-        "force": "forces averaged",
-        "position": "last position kept",
-        "binary": "last binary command kept",
-    }
-    kinds = {dimension.kind for dimension in spec.action}
-    return "one action stands for several recorded ones: " + ", ".join(
-        rule for kind, rule in rules.items() if kind in kinds
-    )
+def _resize(frame: np.ndarray, recipe: Recipe) -> np.ndarray:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise DataError("video frame", got=f"{frame.dtype} {frame.shape}", expected="uint8 [H, W, 3]")
+    return media.fit(frame, width=recipe.width, height=recipe.height, mode=recipe.fit)

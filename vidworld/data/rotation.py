@@ -14,7 +14,6 @@ matrix takes a vector from the rotated frame to the base frame. Raises DataError
 """
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 
@@ -43,6 +42,11 @@ def width_of(representation: str) -> int:
         got=repr(representation),
         expected=f"euler_xyz (fixed axes, any order), euler_XYZ (moving axes), {', '.join(_WIDTHS)}",
     )
+
+
+def in_radians(representation: str) -> bool:
+    """Whether the numbers are angles."""
+    return representation == "axis_angle" or representation.startswith("euler_")
 
 
 def convert(values: np.ndarray, given: str, to: str) -> np.ndarray:
@@ -105,27 +109,17 @@ def continuous(values_TK: np.ndarray, representation: str) -> np.ndarray:
     grow beyond half a turn. The first row stays; of all that mean the same rotation, each next row takes the
     nearest to the one before. In a gimbal lock Euler angles may jump all the same.
     """
-    values_TK = np.asarray(values_TK, np.float64)
-    if len(values_TK) < 2:
-        return values_TK
-    match representation:
-        case "quaternion_xyzw" | "quaternion_wxyz":
-            agree = (values_TK[1:] * values_TK[:-1]).sum(-1) >= 0
-            signs = np.cumprod(np.concatenate([[1.0], np.where(agree, 1.0, -1.0)]))
-            return values_TK * signs[:, None]
-        case "rot6d" | "matrix":
-            return values_TK
-        case "axis_angle":
-            return _follow(values_TK, _same_axis_angles)
-        case _:
-            middle = -1.0 if len(set(representation.removeprefix("euler_").lower())) == 2 else 1.0
+    result_TK = np.array(values_TK, np.float64)
+    for row in range(1, len(result_TK)):
+        result_TK[row] = _nearest(result_TK[row], result_TK[row - 1], representation)
+    return result_TK
 
-            def same(angles: np.ndarray) -> np.ndarray:
-                # Two triples a turn mean one rotation: (a, b, c) and (a + pi, -b or pi - b, c + pi).
-                flipped = np.array([np.pi, 0.0 if middle < 0 else np.pi, np.pi]) + angles * [1, -1, 1]
-                return np.stack([angles, flipped])
 
-            return _follow(values_TK, same, turns=True)
+def nearest_branch(values_TK: np.ndarray, like_TK: np.ndarray, representation: str) -> np.ndarray:
+    """The same rotations [T, width], each written in the way that is nearest to another row [T, width]."""
+    pairs = zip(values_TK, like_TK, strict=True)
+    rows = [_nearest(values, like, representation) for values, like in pairs]
+    return np.array(rows).reshape(np.shape(values_TK))
 
 
 def angle_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -272,21 +266,23 @@ def _euler_of_quaternion(quaternions: np.ndarray, order: str) -> np.ndarray:
     return angles - 2 * np.pi * np.round(angles / (2 * np.pi))
 
 
-def _same_axis_angles(vector: np.ndarray) -> np.ndarray:
-    """Axis-angle vectors [3, 3] of one rotation: as it is, one turn less, one turn more."""
-    angle = np.linalg.norm(vector)
-    axis = vector / angle if angle > 1e-9 else np.zeros(3)
-    return np.stack([vector, vector - 2 * np.pi * axis, vector + 2 * np.pi * axis])
-
-
-def _follow(
-    values_TK: np.ndarray, same: Callable[[np.ndarray], np.ndarray], turns: bool = False
-) -> np.ndarray:
-    """Of the vectors that mean the same rotation, take in each row the one nearest to the row before."""
-    result = values_TK.copy()
-    for row in range(1, len(result)):
-        choices = same(values_TK[row])
-        if turns:
-            choices = choices + 2 * np.pi * np.round((result[row - 1] - choices) / (2 * np.pi))
-        result[row] = choices[np.argmin(np.abs(choices - result[row - 1]).sum(-1))]
-    return result
+def _nearest(values: np.ndarray, like: np.ndarray, representation: str) -> np.ndarray:
+    """Of all ways [K] to write one rotation, the nearest to `like` [K]."""
+    match representation:
+        case "quaternion_xyzw" | "quaternion_wxyz":
+            choices = np.stack([values, -values])
+        case "rot6d" | "matrix":
+            return values
+        case "axis_angle":
+            # About one axis, angles a whole number of turns apart are the same; at angle 0 any axis will do.
+            angle, along = np.linalg.norm(values), np.linalg.norm(like)
+            axis = values / angle if angle > 1e-9 else like / along if along > 1e-9 else np.zeros(3)
+            turns = np.round((like @ axis - angle) / (2 * np.pi))
+            choices = np.stack([values, axis * (angle + 2 * np.pi * turns)])
+        case _:
+            # (a, b, c) is (a + pi, -b, c + pi) if the first axis is also the last, else pi - b in the middle.
+            order = representation.removeprefix("euler_").lower()
+            flipped = [np.pi, 0.0 if order[0] == order[2] else np.pi, np.pi] + values * [1, -1, 1]
+            choices = np.stack([values, flipped])
+            choices = choices + 2 * np.pi * np.round((like - choices) / (2 * np.pi))
+    return choices[np.argmin(np.abs(choices - like).sum(-1))]
