@@ -6,7 +6,7 @@ Shapes: B batch, T frames, C channels, H W pixels, h w latent, k time stride.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class StreamState:
 class StreamingTokenizer(Tokenizer, Protocol):
     """A tokenizer that also goes on where a stream stopped: pieces give the bits of the whole.
 
-    Not every tokenizer can: ask with `isinstance`.
+    Not every tokenizer can: ask `streaming(tokenizer)`.
     """
 
     def start(self, batch: int) -> StreamState:
@@ -69,13 +69,18 @@ class FrameStreaming:
 
     def encode_next(self, state: StreamState, video_BTCHW: Tensor) -> tuple[StreamState, Tensor]:
         """Latents of the next frames, any number."""
-        assert isinstance(self, Tokenizer)
-        return advanced(state, video_BTCHW, video_BTCHW.shape[1]), self.encode(video_BTCHW)
+        after = advanced(state, video_BTCHW, video_BTCHW.shape[1])
+        return after, cast(Tokenizer, self).encode(video_BTCHW)
 
     def decode_next(self, state: StreamState, latents_BTChw: Tensor) -> tuple[StreamState, Tensor]:
         """Video of the next latents, any number."""
-        assert isinstance(self, Tokenizer)
-        return advanced(state, latents_BTChw, latents_BTChw.shape[1]), self.decode(latents_BTChw)
+        after = advanced(state, latents_BTChw, latents_BTChw.shape[1])
+        return after, cast(Tokenizer, self).decode(latents_BTChw)
+
+
+def streaming(tokenizer: Tokenizer) -> StreamingTokenizer | None:
+    """The tokenizer if it can stream; cheaper than `isinstance`, which computes its digest."""
+    return cast(StreamingTokenizer, tokenizer) if hasattr(tokenizer, "decode_next") else None
 
 
 def advanced(

@@ -19,6 +19,7 @@ from vidworld.errors import CheckpointError, DataError
 from vidworld.model.cache import KeyValue, KVCache
 from vidworld.types import Frames
 from vidworld.world import noise
+from vidworld.world.coding import Coding
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +45,8 @@ class WorldState:
     """Int64 index into the world's contracts."""
     world: str
     """`WorldSpec.digest` of the world that made it; another world refuses it."""
+    coding: Coding | None = None
+    """Where the tokenizer stands; None for one of single frames, which remembers nothing."""
 
     def __len__(self) -> int:
         return len(self.sample_ids_B)
@@ -62,6 +65,7 @@ class WorldState:
             newest=self.newest[index_B],
             sample_ids_B=self.sample_ids_B[index_B],
             embodiment_B=self.embodiment_B[index_B],
+            coding=None if self.coding is None else self.coding.select(index_B),
         )
 
     def branch(self, index: Tensor | slice | list[int]) -> "WorldState":
@@ -102,6 +106,7 @@ class WorldState:
             "seed": self.seed,
             "world": self.world,
             "layers": len(self.cache.layers),
+            "coding": None if self.coding is None else self.coding.header(),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         # Copies, because safetensors refuses tensors that share memory.
@@ -138,6 +143,7 @@ class WorldState:
                     sample_ids_B=tensor("sample_ids"),
                     embodiment_B=tensor("embodiment"),
                     world=header["world"],
+                    coding=Coding.restore(coding, tensor) if (coding := header.get("coding")) else None,
                 )
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise CheckpointError("cannot read the world state", where=path, got=str(error)) from None
@@ -148,12 +154,16 @@ class WorldState:
             for i, layer in enumerate(self.cache.layers)
             for name, tensor in (("key", layer.key), ("value", layer.value))
         }
-        return cached | {
-            "newest.latents": self.newest.latents_BTVChw,
-            "newest.proprio": self.newest.proprio_BTS,
-            "sample_ids": self.sample_ids_B,
-            "embodiment": self.embodiment_B,
-        }
+        return (
+            cached
+            | {
+                "newest.latents": self.newest.latents_BTVChw,
+                "newest.proprio": self.newest.proprio_BTS,
+                "sample_ids": self.sample_ids_B,
+                "embodiment": self.embodiment_B,
+            }
+            | ({} if self.coding is None else self.coding.tensors())
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "WorldState":
         layers = (KeyValue(function(layer.key), function(layer.value)) for layer in self.cache.layers)
@@ -163,6 +173,7 @@ class WorldState:
             newest=self.newest.map(function),
             sample_ids_B=function(self.sample_ids_B),
             embodiment_B=function(self.embodiment_B),
+            coding=None if self.coding is None else self.coding.map(function),
         )
 
     def _rows(self, index: Tensor | slice | list[int]) -> Tensor:
@@ -184,6 +195,8 @@ class Observation:
     """In the contract's units, padded with zeros to the widest embodiment; carries gradients."""
     video_BVHWC: Tensor | None
     """Uint8 RGB, or None when decoding was not asked for."""
+    clip_BkVHWC: Tensor | None = None
+    """All k camera frames of the step, of which `video_BVHWC` is the last; None like it."""
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,17 @@ from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
 from vidworld.model.normalizer import Normalizer
-from vidworld.tokenizers.base import (
-    Tokenizer,
-    chunk_actions,
-    fold_views,
-    to_pixels,
-    to_unit_range,
-    unfold_views,
-)
+from vidworld.tokenizers.base import Tokenizer, chunk_actions
 from vidworld.types import Frames
 from vidworld.world import noise
+from vidworld.world.codec import PICTURES_AT_ONCE, Codec, to_video
+from vidworld.world.coding import Coding
 from vidworld.world.dynamics import imagine, take_in
-from vidworld.world.intake import Numbers, gather_actions, gather_pictures, gather_prompts, gather_proprio
+from vidworld.world.intake import Numbers, gather_actions, gather_prompts, gather_proprio
 from vidworld.world.noise import NoiseStream
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.state import Observation, Rollout, WorldState
-
-PICTURES_AT_ONCE = 256
-"""Pictures of a rollout that are decoded in one go."""
 
 FRAMES_BETWEEN_CHECKS = 16
 """Frames of a rollout between two looks at whether all is finite; each look waits for the device."""
@@ -100,7 +92,7 @@ class WorldModel(nn.Module):
         given = gather_prompts(prompts, self.spec, allow_out_of_range=allow_out_of_range)
         ids_B = self._sample_ids(len(prompts), num_samples, seed, sample_ids)
         embodiment_P = given.embodiment_P.to(self.device)
-        latents_PTVChw = self.encode(given.video_PTVHWC.to(self.device))
+        latents_PTVChw, coding = self.codec.begin(given.video_PTVHWC.to(self.device))
 
         k = self.spec.frames_per_step
         proprio_PTS = given.proprio_PTS[:, ::k].to(self.device, self.dtype)
@@ -119,6 +111,7 @@ class WorldModel(nn.Module):
             NoiseStream(seed, ids_B, self.dtype),
             0,
             sampler or self.spec.sampler,
+            None if coding is None else coding.select(copies_B),
         )
 
     def step(
@@ -133,23 +126,19 @@ class WorldModel(nn.Module):
     ) -> tuple[WorldState, Observation]:
         """Imagine the next frame under an action [B, A] or [A] in raw units ([B, k, A] or [k, A] if k > 1).
 
+        With a time stride k a step is k camera frames: `clip_BkVHWC` of the observation. Pictures follow the
+        tokenizer's stream, so that they are those of one decode of the whole; without `decode` it waits.
+
         K denoising passes against the cache, then one pass that commits the frame to it. `check` looks at the
         action's values (unless it requires grad) and at the result, and so waits for the device.
         Raises ContractError naming the dimension, RolloutDivergedError naming the frame.
         """
         self._require_own(state)
-        if self.spec.frames_per_step == 1:
-            action = action if isinstance(action, Tensor) else np.asarray(action)
-            action = action[..., None, :] if action.ndim else action
-        actions_B1kA = self._actions(state, action, check, allow_out_of_range)
-        if actions_B1kA.shape[1] != 1:
-            raise ContractError(
-                "actions of a step", got=actions_B1kA.shape[1:3].numel(), expected=self.spec.frames_per_step
-            )
+        actions_B1kA = self._actions(state, self._chunk(action), check, allow_out_of_range)
         state = self._imagine(state, actions_B1kA[:, 0], sampler or self.spec.sampler)
         if check:
             _require_finite([_all_finite(state)], state.frame - 1)
-        return state, self.observation(state, decode=decode)
+        return self._look(state, decode)
 
     def rollout(
         self,
@@ -169,7 +158,7 @@ class WorldModel(nn.Module):
         """
         self._require_own(state)
         actions_BTkA = self._actions(state, actions, check, allow_out_of_range)
-        before, newest, finite = state, [], []
+        newest, finite = [], []
         for actions_BkA in actions_BTkA.unbind(1):
             state = self._imagine(state, actions_BkA, sampler or self.spec.sampler)
             newest.append(state.newest)
@@ -181,11 +170,17 @@ class WorldModel(nn.Module):
                 progress()
         if check:
             _require_finite(finite, state.frame - len(finite))
-        frames = Frames.cat(newest, 1) if newest else before.newest[:, :0]
+        frames = Frames.cat(newest, 1) if newest else state.newest[:, :0]
+        video_BTVHWC = None
+        if decode and state.coding is not None and newest:
+            video_BTVHWC, coding = self.codec.show(state.coding, len(newest))
+            state = dataclasses.replace(state, coding=coding)
+        elif decode:
+            video_BTVHWC = self._video(frames.latents_BTVChw)
         return Rollout(
             latents_BTVChw=frames.latents_BTVChw,
             proprio_BTS=self.normalizer.denormalize_proprio(frames.proprio_BTS, state.embodiment_B),
-            video_BTVHWC=self._video(before, frames.latents_BTVChw) if decode else None,
+            video_BTVHWC=video_BTVHWC,
             state=state,
         )
 
@@ -203,16 +198,16 @@ class WorldModel(nn.Module):
 
         frame: uint8 [B, V, H, W, 3], or [V, H, W, 3] for all samples alike. proprio, [B, S] or [S], and the
         action that led here, [B, A] or [A], are in raw units; either may be left out, as in a `Prompt`.
+        With a time stride k: the next k frames [B, k, V, H, W, 3], the last one's proprio, and k actions;
+        refused after imagined frames, which the tokenizer's encoder has not seen.
         """
         self._require_own(state)
-        if self.spec.frames_per_step != 1:
-            raise ConfigError("observe", expected="a tokenizer without time compression", fix="use reset")
-        pictures = torch.tensor(gather_pictures(frame, len(state), self.spec), device=self.device)
+        k = self.spec.frames_per_step
+        latents_B1VChw, coding = self.codec.observe(state.coding, frame, len(state))
         dims, size = self.spec.shape, (len(state), 1)
-        actions_B1A = torch.zeros(*size, dims.action_dims, dtype=self.dtype, device=self.device)
+        actions_BkA = torch.zeros(len(state), k, dims.action_dims, dtype=self.dtype, device=self.device)
         if action is not None:
-            action = action if isinstance(action, Tensor) else np.asarray(action)
-            actions_B1A = self._actions(state, action[..., None, :], True, allow_out_of_range)[:, 0]
+            actions_BkA = self._actions(state, self._chunk(action), True, allow_out_of_range)[:, 0]
         proprio_B1S = torch.zeros(*size, dims.proprio_dims, dtype=self.dtype, device=self.device)
         if proprio is not None:
             proprio = proprio if isinstance(proprio, Tensor) else np.asarray(proprio)
@@ -221,12 +216,13 @@ class WorldModel(nn.Module):
         keep_B1 = torch.full(size, action is not None, device=self.device)
         return self._ground(
             state.cache,
-            Frames(self.encode(pictures[:, None]), proprio_B1S),
+            Frames(latents_B1VChw, proprio_B1S),
             None if proprio is not None else torch.zeros(len(state), dtype=torch.bool, device=self.device),
-            Conditioning(actions_B1A[:, None], keep_B1, state.embodiment_B),
+            Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B),
             NoiseStream(state.seed, state.sample_ids_B, self.dtype),
             state.frame,
             sampler or self.spec.sampler,
+            coding,
         )
 
     def fork(self, state: WorldState, index: Tensor | slice | list[int]) -> WorldState:
@@ -236,37 +232,63 @@ class WorldModel(nn.Module):
 
     def observation(self, state: WorldState, *, decode: bool = True) -> Observation:
         """The newest frame of a state."""
-        proprio_B1S = self.normalizer.denormalize_proprio(state.newest.proprio_BTS, state.embodiment_B)
-        latents_B1VChw = state.newest.latents_BTVChw
-        return Observation(
-            latents_BVChw=latents_B1VChw[:, 0],
-            proprio_BS=proprio_B1S[:, 0],
-            video_BVHWC=to_video(self.decode(latents_B1VChw))[:, -1] if decode else None,
-        )
+        return self._look(state, decode)[1]
+
+    @property
+    def codec(self) -> Codec:
+        """Pictures in and out."""
+        return Codec(self.tokenizer, self.spec, self.dtype, self._autocast)
 
     def encode(self, video_BTVHWC: Tensor) -> Tensor:
         """Uint8 pictures to normalised latents [B, T, V, C, h, w]."""
-        video_BTVCHW = to_unit_range(video_BTVHWC).to(self.dtype).movedim(-1, -3)
-        with self._autocast():
-            latents_NTChw = self.tokenizer.encode(fold_views(video_BTVCHW))
-        return unfold_views(latents_NTChw.to(self.dtype), video_BTVCHW.shape[2])
+        return self.codec.encode(video_BTVHWC)
 
     def decode(self, latents_BTVChw: Tensor) -> Tensor:
-        """Normalised latents to pixels [B, T, V, C, H, W], about -1 to 1, not clamped; carries gradients."""
-        with self._autocast():
-            video_NTCHW = self.tokenizer.decode(fold_views(latents_BTVChw))
-        return unfold_views(video_NTCHW.to(self.dtype), latents_BTVChw.shape[2])
+        """Normalised latents to pixels [B, T, V, C, H, W], about -1 to 1, not clamped; carries gradients.
 
-    def _video(self, before: WorldState, latents_BTVChw: Tensor) -> Tensor:
-        """Uint8 video of new frames, few at a time; if time is compressed the frame before them is needed."""
+        With a time stride the first latent is taken for the first of a video.
+        """
+        return self.codec.decode(latents_BTVChw)
+
+    def _look(self, state: WorldState, decode: bool) -> tuple[WorldState, Observation]:
+        """What the newest frame shows, and the state with its decoder there."""
+        proprio_B1S = self.normalizer.denormalize_proprio(state.newest.proprio_BTS, state.embodiment_B)
+        latents_B1VChw = state.newest.latents_BTVChw
+        clip_BkVHWC = None
+        if decode and state.coding is not None:
+            clip_BkVHWC, coding = self.codec.newest(state.coding)
+            state = dataclasses.replace(state, coding=coding)
+        elif decode:
+            clip_BkVHWC = to_video(self.decode(latents_B1VChw))
+        return state, Observation(
+            latents_BVChw=latents_B1VChw[:, 0],
+            proprio_BS=proprio_B1S[:, 0],
+            video_BVHWC=None if clip_BkVHWC is None else clip_BkVHWC[:, -1],
+            clip_BkVHWC=clip_BkVHWC,
+        )
+
+    def _video(self, latents_BTVChw: Tensor) -> Tensor:
+        """Uint8 video of frames that do not depend on each other, few at a time."""
         batch, frames, views = latents_BTVChw.shape[:3]
         if not frames:
             size = (batch, 0, views, self.spec.height, self.spec.width, 3)
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
-        if self.spec.frames_per_step > 1:
-            return to_video(self.decode(torch.cat([before.newest.latents_BTVChw, latents_BTVChw], 1))[:, 1:])
         pieces = latents_BTVChw.detach().split(max(1, PICTURES_AT_ONCE // (batch * views)), 1)
         return torch.cat([to_video(self.decode(piece)) for piece in pieces], 1)
+
+    def _chunk(self, action: Numbers) -> Tensor | np.ndarray:
+        """The actions of one step with an axis of length k before the last."""
+        k = self.spec.frames_per_step
+        action = action if isinstance(action, Tensor) else np.asarray(action)
+        if k == 1:
+            return action[..., None, :] if action.ndim else action
+        if action.ndim not in (2, 3) or action.shape[-2] != k:
+            raise ContractError(
+                "actions of a step",
+                got=f"shape {tuple(action.shape)}",
+                expected=f"[B, {k}, A] or [{k}, A]: a step is {k} camera frames",
+            )
+        return action
 
     def _actions(self, state: WorldState, actions: Numbers, check: bool, allow_out_of_range: bool) -> Tensor:
         """Normalised actions [B, T, k, A] from raw ones [B, T * k, A] or [T * k, A]."""
@@ -289,7 +311,8 @@ class WorldModel(nn.Module):
         stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
         with self._autocast():
             newest, cache = imagine(self.model, state.cache, conditioning, state.frame, stream, sampler)
-        return dataclasses.replace(state, cache=cache, newest=newest, frame=state.frame + 1)
+        coding = None if state.coding is None else state.coding.imagined(newest.latents_BTVChw)
+        return dataclasses.replace(state, cache=cache, newest=newest, frame=state.frame + 1, coding=coding)
 
     def _ground(
         self,
@@ -300,6 +323,7 @@ class WorldModel(nn.Module):
         stream: NoiseStream,
         first_frame: int,
         sampler: SamplerConfig,
+        coding: Coding | None,
     ) -> WorldState:
         with self._autocast():
             newest, cache = take_in(
@@ -313,6 +337,7 @@ class WorldModel(nn.Module):
             sample_ids_B=stream.sample_ids_B,
             embodiment_B=conditioning.embodiment_B,
             world=self.spec.digest,
+            coding=coding,
         )
 
     def _sample_ids(self, prompts: int, num_samples: int, seed: int, ids: Sequence[int] | None) -> Tensor:
@@ -342,11 +367,6 @@ class WorldModel(nn.Module):
     def _autocast(self) -> torch.autocast:
         enabled = self.autocast and self.device.type == "cuda" and self.dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-
-def to_video(pixels_CHW: Tensor) -> Tensor:
-    """Decoded pixels [..., C, H, W] to uint8 [..., H, W, C]; carries no gradient."""
-    return to_pixels(pixels_CHW.detach()).movedim(-3, -1).contiguous()
 
 
 def _all_finite(state: WorldState) -> Tensor:
