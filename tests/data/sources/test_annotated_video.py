@@ -12,6 +12,7 @@ import pytest
 
 from vidworld.cli import run
 from vidworld.data.manifest import Manifest
+from vidworld.data.rotation import to_matrix
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.annotated_video import AnnotatedVideoSource
 from vidworld.data.sources.detect import open_source
@@ -439,11 +440,65 @@ def test_real_motion_has_no_lag(real):
     assert abs(int(np.argmax(scores)) - 3) <= 1, scores
 
 
+def flange(joints_T7: np.ndarray) -> np.ndarray:
+    """Pose [T, 4, 4] of a Franka's flange in its base, by the maker's (modified) Denavit-Hartenberg table."""
+    half = np.pi / 2
+    table = [(0, 0.333, 0), (0, 0, -half), (0, 0.316, half), (0.0825, 0, half), (-0.0825, 0.384, -half)]
+    table += [(0, 0, half), (0.088, 0, half), (0, 0.107, 0)]
+    pose = np.broadcast_to(np.eye(4), (len(joints_T7), 4, 4))
+    for (a, d, alpha), angle in zip(table, [*joints_T7.T, np.zeros(len(joints_T7))], strict=True):
+        step = np.zeros((len(joints_T7), 4, 4))
+        cos, sin, ca, sa = np.cos(angle), np.sin(angle), np.cos(alpha), np.sin(alpha)
+        step[:, 0, 0], step[:, 0, 1], step[:, 0, 3] = cos, -sin, a
+        step[:, 1, 0], step[:, 1, 1], step[:, 1, 2], step[:, 1, 3] = sin * ca, cos * ca, -sa, -d * sa
+        step[:, 2, 0], step[:, 2, 1], step[:, 2, 2], step[:, 2, 3] = sin * sa, cos * sa, ca, d * ca
+        step[:, 3, 3] = 1
+        pose = pose @ step
+    return pose
+
+
+@pytest.mark.parametrize("name", ["droid_subset-val-899", "droid_new_setup-val-0012"])
+def test_real_states_are_the_flange_in_the_base(real, name):
+    """Names, units, rotation and control frame of the layout, checked against the arm's own geometry."""
+    source = open_source(real("ctrl_world_droid") / "dataset_example")
+    episode = source.read(name)
+    spec = next(s for s in source.embodiments if s.embodiment == episode.embodiment)
+    assert {d.rotation for d in spec.proprio[3:6]} == {"euler_xyz"}
+    pose = flange(episode.proprio_TS[:, 7:].astype(np.float64))
+    assert np.abs(pose[:, :3, 3] - episode.proprio_TS[:, :3]).max() < 1e-5
+    angles = episode.proprio_TS[:, 3:6].astype(np.float64)
+    assert np.abs(pose[:, :3, :3] - to_matrix(angles, "euler_xyz")).max() < 1e-5
+    assert np.abs(pose[:, :3, :3] - to_matrix(angles, "euler_XYZ")).max() > 0.1, "negative control"
+
+
+CONTRACTS = [
+    Path(__file__).resolve().parents[3] / "datasets" / f"ctrl_world_droid{part}.contract.yaml"
+    for part in ("", "_new_setup")
+]
+
+
+def test_real_contract_files(real, tmp_path):
+    """The recipe's contract files make rotations that do not jump."""
+    logs = str(real("ctrl_world_droid") / "dataset_example")
+    names = ["droid_subset-val-899", "droid_new_setup-val-0006"]
+    flags = ["--size", "64x48", "--workers", "1", "--trim", "shorter", "--views", "wrist"]
+    flags += ["--episodes", *names, "--val-fraction", "0", "--contract", *map(str, CONTRACTS)]
+    assert run(["shard", logs, "--out", str(tmp_path / "d"), *flags]) == 0
+    dataset = ShardDataset.open(tmp_path / "d")
+    for name in names:
+        read = dataset.read(name)
+        assert (read.actions_TA.shape[1], read.proprio_TS.shape[1]) == (10, 17)
+        assert np.abs(np.diff(read.actions_TA[:, 3:9], axis=0)).max() < 0.7
+        recorded = open_source(logs).read(name).actions_TA[:, 3]
+        assert np.abs(np.diff(recorded)).max() > 6, "negative control: as recorded they do"
+
+
 @pytest.mark.slow
 def test_real_conversion(real, tmp_path, capsys):
     """Both parts at once: every frame of every view is decoded, three episodes are trimmed."""
     logs = str(real("ctrl_world_droid") / "dataset_example")
     flags = ["--size", "64x48", "--trim", "shorter", "--val-episodes", "droid_subset-val-899"]
+    flags += ["--contract", *map(str, CONTRACTS)]
     assert run(["shard", logs, "--out", str(tmp_path / "d"), *flags]) == 0
     printed = capsys.readouterr().out
     assert "24 episodes (23 train, 1 val), 2287 frames of exterior_1, exterior_2, wrist" in printed

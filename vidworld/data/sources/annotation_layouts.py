@@ -10,7 +10,7 @@ _POSE = (
 )
 _GRIPPER = Dimension("gripper", "1", "position")
 JOINTS = tuple(Dimension(f"joint_{index}", "rad", "position") for index in range(7))
-_EULER = "angles are Euler angles as recorded, which jump at +-pi"
+_EULER = "recorded as Euler angles (fixed axes x, y, z), which jump at +-pi"
 NEXT_STATE = "no actions in the logs: the action is the state of the next frame (absolute)"
 
 
