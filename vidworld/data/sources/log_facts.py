@@ -1,14 +1,13 @@
-"""What a user knows of logs that do not say it themselves: `logs.yaml`, in the folder of the logs.
+"""How logs are to be read where their files leave it open: `logs.yaml`, in the folder of the logs.
 
-    fps: 10                         # rows and frames a second
-    embodiment: my_arm
     views: [front, wrist]           # cameras to take, also one that is black in the samples looked at
     action: [action_dict/joint_velocity, action_dict/gripper_position]   # fields, joined in this order
     state: [observation/joint_position]
     channels: bgr                   # red and blue are swapped in the pictures
     flip: rows                      # pictures are upside down; `both` if they are turned by 180 degrees
 
-All of it is optional, and read by the sources of RLDS and of HDF5 files.
+All of it is optional, and read by the sources of RLDS and of HDF5 files. What the numbers mean, and at what
+rate they were recorded, is said in a contract file (`vidworld shard --contract FILE`).
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from vidworld.config import from_yaml
 from vidworld.contract import Dimension
 from vidworld.data.sources.naming import guess_dimension
-from vidworld.errors import ConfigError, DataError
+from vidworld.errors import ConfigError
 
 FACTS_FILE = "logs.yaml"
 
@@ -30,17 +29,11 @@ FACTS_FILE = "logs.yaml"
 class LogFacts:
     """The fields of `logs.yaml`."""
 
-    fps: float | None = None
-    embodiment: str | None = None
     views: tuple[str, ...] = ()
     action: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     channels: Literal["rgb", "bgr"] = "rgb"
     flip: Literal["none", "rows", "both"] = "none"
-
-    def __post_init__(self) -> None:
-        if self.fps is not None and not 0 < self.fps < 1e4:
-            raise ConfigError("fps", where=FACTS_FILE, got=self.fps, expected="rows a second")
 
     def upright(self, frame: np.ndarray) -> np.ndarray:
         """A recorded frame [H, W, 3] as RGB, upright."""
@@ -73,18 +66,6 @@ def facts_text(folder: Path) -> str:
     """The contents of `logs.yaml`, for a source's fingerprint."""
     path = folder / FACTS_FILE
     return path.read_text() if path.is_file() else ""
-
-
-def no_rate(where: Path, advice: str = "") -> DataError:
-    """The error of logs whose rate nobody stated; it is never guessed."""
-    folder = where if where.is_dir() else where.parent
-    return DataError(
-        "the logs do not say their rate",
-        where=where,
-        expected="rows a second",
-        fix=f"write `fps: 10`, or what it is, into {folder / FACTS_FILE}"
-        + (f" ({advice})" if advice else ""),
-    )
 
 
 def wanted_views(views: Sequence[str], facts: LogFacts, where: Path) -> tuple[str, ...]:

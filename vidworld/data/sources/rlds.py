@@ -6,9 +6,9 @@
 steps of a field in one list. Cameras are the RGB picture features of `observation`. Paths of fields here and
 in `logs.yaml` leave out the leading `steps/`.
 
-What RLDS does not store: the rate (known for datasets in `rlds_cards`, else stated in `logs.yaml`), and a
-clock, so timestamps are step / rate. Action and state are those of the dataset's card; else `action`, or
-`action_dict`, and `observation/state`, or every short vector of `observation`.
+What RLDS does not store: the rate (known for datasets in `rlds_cards`, else 0, and a contract file says it),
+and a clock, so timestamps are step / rate. Action and state are those of the dataset's card; else `action`
+or `action_dict`, and `observation/state` or every short vector of `observation`.
 
 Converters fill missing cameras with black pictures, and the flags that should say so are not reliable. A
 camera that is black in every episode looked at is therefore left out with a warning, unless `logs.yaml` asks
@@ -31,7 +31,6 @@ from vidworld.data.sources.log_facts import (
     LogFacts,
     dimensions_of,
     facts_text,
-    no_rate,
     read_facts,
     wanted_views,
 )
@@ -66,7 +65,7 @@ class RldsSource:
         self._facts: LogFacts = read_facts(self.root)
         self._info = read_json(self.root / INFO)
         self._features = read_features(self.root / FEATURES)
-        self._fps = fps or self._facts.fps or rate_of(self.name)
+        self._fps = fps or rate_of(self.name)
         card = card_of(self.name)
         # A dataset of that name with other fields is another dataset.
         fits = card is not None and all(path in self._features for path in (*card.action, *card.state))
@@ -92,10 +91,8 @@ class RldsSource:
 
     @property
     def fps(self) -> float:
-        """Steps a second. Raises DataError when neither a table of known datasets nor `logs.yaml` says it."""
-        if self._fps is None:
-            raise no_rate(self.root)
-        return float(self._fps)
+        """Steps a second, by the table of known datasets; with 0 a contract file or --fps must say it."""
+        return float(self._fps or 0)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -108,7 +105,7 @@ class RldsSource:
         card = self._card
         return (
             EmbodimentSpec(
-                embodiment=self._facts.embodiment or (card.embodiment if card else self.name),
+                embodiment=card.embodiment if card else self.name,
                 rate_hz=self.fps,
                 action=self._dimensions(self._action),
                 proprio=self._dimensions(self._state),
@@ -153,15 +150,15 @@ class RldsSource:
             },
             actions_TA=self._rows(values, self._action, length, where),
             proprio_TS=self._rows(values, self._state, length, where),
-            timestamps_T=np.arange(length) / fps,
+            timestamps_T=np.arange(length) / (fps or 1),
             text=self._text(values),
-            outcome={"success": True} if self._last(values, "reward") >= 1 else {},
+            outcome=_outcome(values),
             source={
                 "format": "RLDS",
                 "split": shard.split,
                 "shard": shard.path.name,
                 "record": index,
-                "complete": self._last(values, "is_last") > 0,
+                "complete": bool(_last(values, "is_last")),
                 "timestamps": "step / rate: RLDS has no clock",
                 "action": list(self._action),
                 "state": list(self._state),
@@ -312,11 +309,19 @@ class RldsSource:
                     return joined
         return ""
 
-    @staticmethod
-    def _last(values: Mapping[str, Value], path: str) -> float:
-        """The last number of a field, or 0."""
-        value = values.get(path)
-        return float(value[-1]) if isinstance(value, np.ndarray) and len(value) else 0.0
+
+def _last(values: Mapping[str, Value], path: str) -> float | None:
+    """The last number of a field, if it has any."""
+    value = values.get(path)
+    return float(value[-1]) if isinstance(value, np.ndarray) and len(value) else None
+
+
+def _outcome(values: Mapping[str, Value]) -> dict[str, Any]:
+    """The last reward; 1 is a success, and what less means is not told."""
+    reward = _last(values, "reward")
+    if reward is None:
+        return {}
+    return {"success": True, "reward": reward} if reward >= 1 else {"reward": reward}
 
 
 def _picture_fields(features: Mapping[str, Feature]) -> dict[str, str]:

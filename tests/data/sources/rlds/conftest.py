@@ -135,7 +135,6 @@ def write(
     *,
     name: str = "toy_set",
     steps: Mapping[str, Any] = STEPS,
-    fps: float | None = 10,
 ) -> Path:
     """A dataset of one split, each item of `shards` a file."""
     root.mkdir(parents=True)
@@ -158,8 +157,6 @@ def write(
     )
     features = group(steps={"sequence": {"feature": group(**steps), "length": "-1"}})
     (root / "features.json").write_text(json.dumps(features))
-    if fps:
-        (root / "logs.yaml").write_text(f"fps: {fps}\n")
     return root
 
 

@@ -12,13 +12,15 @@ from vidworld.cli import run
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.rlds import RldsSource
 
+TOY = ("--size", "32x16", "--fps", 10)
+
 
 def shard(source: Path, out: Path, *flags: object) -> int:
     return run(["shard", str(source), "--out", str(out), "--workers", "1", *map(str, flags)])
 
 
 def test_the_command(rlds, encode, tmp_path, capsys):
-    assert shard(rlds, tmp_path / "d", "--size", "32x16", "--name", "toy") == 0
+    assert shard(rlds, tmp_path / "d", *TOY, "--name", "toy") == 0
     assert (
         "5 episodes (4 train, 1 val), 31 frames of front, wrist at 32x16, 10 fps" in capsys.readouterr().out
     )
@@ -26,17 +28,17 @@ def test_the_command(rlds, encode, tmp_path, capsys):
     for index, length in enumerate(encode.lengths):
         read = dataset.read(f"train_{index:06d}")
         assert (len(read.actions_TA), set(read.actions_TA[:, 0])) == (length, {index})
-        assert read.meta["outcome"] == {"success": True}
+        assert read.meta["outcome"] == {"success": True, "reward": 1}
 
 
 def test_damage_is_quarantined_by_name(rlds, encode, tmp_path, capsys):
     path = next(rlds.glob("*-00001-of-*"))
     path.write_bytes(path.read_bytes()[:-7])
-    assert shard(rlds, tmp_path / "d", "--size", "32x16") == 2
+    assert shard(rlds, tmp_path / "d", *TOY) == 2
     error = capsys.readouterr().err
     assert "too many bad episodes: 1 of 5" in error
     assert error.count("\n") == 1
-    assert shard(rlds, tmp_path / "d", "--size", "32x16", "--max-quarantined", 0.5) == 0
+    assert shard(rlds, tmp_path / "d", *TOY, "--max-quarantined", 0.5) == 0
     error = capsys.readouterr().err
     # The file is cut in its second record, so that neither of its episodes can be trusted to be what it says.
     assert "quarantined train_000003: truncated record 1 in toy_set-train.tfrecord-00001-of-00002" in error
@@ -44,12 +46,16 @@ def test_damage_is_quarantined_by_name(rlds, encode, tmp_path, capsys):
 
 
 def test_no_rate_is_one_line_with_the_way_out(rlds, tmp_path, capsys):
-    (rlds / "logs.yaml").unlink()
     assert shard(rlds, tmp_path / "d", "--size", "32x16") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"write `fps: 10`, or what it is, into {rlds}/logs.yaml" in error
+    assert "rate_hz in a contract file" in error
     assert not (tmp_path / "d" / "manifest.json").exists()
+    (tmp_path / "robot.yaml").write_text("rate_hz: 8")
+    assert shard(rlds, tmp_path / "d", "--size", "32x16", "--contract", tmp_path / "robot.yaml") == 0
+    dataset = ShardDataset.open(tmp_path / "d")
+    assert dataset.manifest.fps == 8
+    assert np.allclose(np.diff(dataset.read("train_000001").timestamps_T), 1 / 8)
 
 
 @pytest.fixture

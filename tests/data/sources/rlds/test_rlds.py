@@ -20,12 +20,16 @@ def open_quietly(root: Path) -> RldsSource:
 
 
 def test_reads_what_was_written(rlds, encode):
-    source = open_quietly(rlds)
+    source = RldsSource(rlds, fps=10)
     assert source.episode_ids() == [f"train_{index:06d}" for index in range(5)]
     assert (source.name, source.views, source.fps) == ("toy_set", ("front", "wrist"), 10)
     for index, length in enumerate(encode.lengths):
         episode = source.read(f"train_{index:06d}")
-        assert (len(episode), episode.text, episode.outcome) == (length, "push the block", {"success": True})
+        assert (len(episode), episode.text, episode.outcome) == (
+            length,
+            "push the block",
+            {"success": True, "reward": 1},
+        )
         assert (episode.actions_TA[:, 0] == index).all()
         assert (episode.actions_TA[:, 1] == np.arange(length)).all()
         assert (episode.proprio_TS[:, 1] == np.arange(length) + 0.5).all()
@@ -54,20 +58,17 @@ def test_ids_open_no_file(rlds):
     assert len(open_quietly(rlds).episode_ids()) == 5
 
 
-def test_rate_is_known_told_or_asked_for(rlds, encode, tmp_path):
-    (rlds / "logs.yaml").unlink()
-    with pytest.raises(DataError, match=r"do not say their rate .*logs\.yaml") as caught:
-        _ = RldsSource(rlds).fps
-    assert "write `fps: 10`" in str(caught.value)
-    assert RldsSource(rlds, fps=7.5).read("train_000000").fps == 7.5
+def test_rate_is_known_or_zero(rlds, encode, tmp_path):
+    source = RldsSource(rlds)
+    assert (source.fps, source.embodiments[0].rate_hz) == (0, 0)
+    assert np.array_equal(source.read("train_000002").timestamps_T, np.arange(4))
+    told = RldsSource(rlds, fps=7.5)
+    assert (told.fps, told.read("train_000000").fps) == (7.5, 7.5)
     for name, fps in (("viola", 20), ("austin_buds_dataset_converted_externally_to_rlds", 20), ("bridge", 5)):
-        root = encode.write(tmp_path / name, [[encode.episode(0, 3)]], name=name, fps=None)
+        root = encode.write(tmp_path / name, [[encode.episode(0, 3)]], name=name)
         assert RldsSource(root).fps == fps
-    (rlds / "logs.yaml").write_text("fpps: 3")
-    with pytest.raises(ConfigError, match="did you mean 'fps'"):
-        RldsSource(rlds)
-    (rlds / "logs.yaml").write_text("fps: -3")
-    with pytest.raises(ConfigError, match="rows a second"):
+    (rlds / "logs.yaml").write_text("view: [front]")
+    with pytest.raises(ConfigError, match="did you mean 'views'"):
         RldsSource(rlds)
 
 
@@ -79,11 +80,11 @@ def test_camera_that_is_always_black_is_left_out_by_its_pixels(encode, tmp_path)
     with warnings.catch_warnings(action="ignore"):
         episode = RldsSource(root).read("train_000001")
     assert (list(episode.views), episode.source["left_out_black"]) == (["front"], ["wrist"])
-    (root / "logs.yaml").write_text("fps: 10\nviews: [wrist, front]")
+    (root / "logs.yaml").write_text("views: [wrist, front]")
     source = RldsSource(root)
     assert source.views == ("wrist", "front")
     assert source.read("train_000001").source["black_views"] == ["wrist"]
-    (root / "logs.yaml").write_text("fps: 10\nviews: [top]")
+    (root / "logs.yaml").write_text("views: [top]")
     with pytest.raises(ConfigError, match=r"got top, expected front or wrist"):
         _ = RldsSource(root).views
     # Black in some episodes only: kept, and named where it is black.
@@ -245,14 +246,14 @@ def test_actions_in_a_dictionary_and_numbered_cameras(encode, tmp_path):
     frame = next(episode.views["left_rgb"].frames())
     assert np.array_equal(frame, encode.frame(0, 0)), "PNG is exact"
     (tmp_path / "x" / "logs.yaml").write_text(
-        "fps: 10\naction: [action/world_vector]\nstate: [observation/right/joints]\nchannels: bgr\nflip: rows"
+        "action: [action/world_vector]\nstate: [observation/right/joints]\nchannels: bgr\nflip: rows"
     )
     source = RldsSource(tmp_path / "x")
     episode = source.read("train_000000")
     assert (episode.actions_TA.shape, episode.proprio_TS.shape) == ((4, 3), (4, 2))
     assert np.array_equal(next(episode.views["left_rgb"].frames()), frame[::-1, :, ::-1])
     assert episode.source["flip"] == "rows"
-    (tmp_path / "x" / "logs.yaml").write_text("fps: 10\naction: [action/left]")
+    (tmp_path / "x" / "logs.yaml").write_text("action: [action/left]")
     with pytest.raises(
         ConfigError, match="got action/left, expected action/open_gripper, action/world_vector"
     ):
@@ -286,7 +287,7 @@ def test_droid_layout(encode, tmp_path):
         },
         "episode_metadata/recording_folderpath": [b"/droid/1"],
     }
-    source = RldsSource(encode.write(tmp_path / "x", [[values]], name="droid_100", steps=steps, fps=None))
+    source = RldsSource(encode.write(tmp_path / "x", [[values]], name="droid_100", steps=steps))
     assert (source.fps, source.views) == (15, cameras)
     spec = source.embodiments[0]
     assert [(d.name, d.unit, d.kind) for d in spec.action][-2:] == [
@@ -311,7 +312,7 @@ def test_detection(rlds, tmp_path):
     shutil.copytree(rlds, tmp_path / "copy")
     first = RldsSource(tmp_path / "copy").fingerprint
     assert first == RldsSource(rlds).fingerprint
-    (tmp_path / "copy" / "logs.yaml").write_text("fps: 11")
+    (tmp_path / "copy" / "logs.yaml").write_text("flip: rows")
     assert RldsSource(tmp_path / "copy").fingerprint != first
 
 
