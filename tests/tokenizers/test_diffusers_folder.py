@@ -65,14 +65,14 @@ def test_layouts_that_open(folder: Path, tmp_path: Path, vae: Callable[..., Any]
 def test_a_run_holds_a_reference_and_no_copy(folder: Path, tmp_path: Path) -> None:
     tokenizer = load(folder)
     tokenizer.set_statistics(torch.full((4,), 0.25), torch.tensor([1.0, 0.1, 3.0, 1 / 3]))
-    digest = save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer", source=folder)
+    digest = save_tokenizer(tokenizer, tmp_path / "run" / "tokenizer")
     assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.json"]
     loaded = load(tmp_path / "run")
     assert loaded.digest == digest == tokenizer.digest
     assert torch.equal(loaded.std_C, tokenizer.std_C)
     assert loaded.statistics_from == "measurement"
     # Of a reference another reference, to the same place.
-    again = save_tokenizer(loaded, tmp_path / "other", source=tmp_path / "run")
+    again = save_tokenizer(loaded, tmp_path / "other")
     assert again == digest
     content = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
     assert (tmp_path / "other" / "tokenizer.json").read_bytes() == content
@@ -80,7 +80,7 @@ def test_a_run_holds_a_reference_and_no_copy(folder: Path, tmp_path: Path) -> No
 
 def test_precision_is_part_of_a_reference(folder: Path, tmp_path: Path) -> None:
     half = load_tokenizer(folder, dtype="bfloat16")
-    digest = save_tokenizer(half, tmp_path / "half", source=folder)
+    digest = save_tokenizer(half, tmp_path / "half")
     loaded = load(tmp_path / "half")
     assert loaded.digest == digest != load(folder).digest
     assert next(loaded.vae.parameters()).dtype == torch.bfloat16
@@ -88,7 +88,7 @@ def test_precision_is_part_of_a_reference(folder: Path, tmp_path: Path) -> None:
 
 def test_what_changed_after_it_was_referred_to_is_refused(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    save_tokenizer(load(folder), run / "tokenizer", source=folder)
+    save_tokenizer(load(folder), run / "tokenizer")
     description = run / "tokenizer" / "tokenizer.json"
     content = description.read_text()
     change_weights(folder)
@@ -113,7 +113,7 @@ def test_what_changed_after_it_was_referred_to_is_refused(folder: Path, tmp_path
 def test_a_copy_brings_the_weights_along(folder: Path, tmp_path: Path, vae: Callable[..., Any]) -> None:
     vae("wan2.1").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     for name, source in (("whole", folder), ("parts", tmp_path / "sharded")):
-        digest = save_tokenizer(load(source), tmp_path / name / "run", source=source)
+        digest = save_tokenizer(load(source), tmp_path / name / "run")
         assert not copy_tokenizer(tmp_path / name / "run", tmp_path / name / "light", with_weights=False)
         assert load(tmp_path / name / "light").digest == digest
         assert copy_tokenizer(tmp_path / name / "run", tmp_path / name / "full", with_weights=True)

@@ -54,8 +54,14 @@ def make_world(contract: ActionContract, cls: str, config: dict[str, Any]) -> Wo
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
         torch.nn.init.normal_(parameter, std=max(fan_in, 4) ** -0.5)
     tokenizer = wrap(vae, cls, vae.config)
-    size = {"height": HEIGHT // 8, "width": WIDTH // 8}
-    shape = FrameShape.from_contracts((contract,), views=len(VIEWS), channels=4, actions_per_frame=K, **size)
+    shape = FrameShape.from_contracts(
+        (contract,),
+        views=len(VIEWS),
+        channels=4,
+        height=HEIGHT // 8,
+        width=WIDTH // 8,
+        actions_per_frame=K,
+    )
     spec = WorldSpec(
         model=DiTConfig(width=32, depth=2, num_heads=2, num_kv_heads=1, time_every=2, num_registers=1),
         shape=shape,

@@ -63,9 +63,11 @@ def load_folder(folder: Path, dtype: DType = "float32") -> PretrainedTokenizer:
     vae.load_state_dict(weights)
     # What the config leaves out has the class's default, which matters as much.
     try:
-        return wrap(vae, name, dict(vae.config), dtype)
+        tokenizer = wrap(vae, name, dict(vae.config), dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    tokenizer.source = folder.resolve()
+    return tokenizer
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -114,6 +115,8 @@ class PretrainedTokenizer(NormalisedTokenizer):
         self.weights_digest = _weights_digest(class_name, config, dtype, vae)
         # Past diffusers' own `to`, which warns about precisions even where there is nothing to say.
         self.vae: Any = nn.Module.to(vae, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])
+        self.source: Path | None = None
+        """Folder of the weights, once they were read from one."""
         self.statistics_from = "nowhere"
         """Where the statistics come from: "nowhere" until they are known."""
         if (found := _own_statistics(family, config, vae, self.latent_channels)) is not None:

@@ -6,7 +6,6 @@ only, with the path of the weights, which stay where they are; `copy_tokenizer` 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vidworld.config import from_mapping, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
+from vidworld.files import write_atomic
 from vidworld.tokenizers.base import Tokenizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.diffusers_folder import CONFIG, INDEX, find_folder, load_folder, weight_files
@@ -36,11 +36,11 @@ KINDS = (ConvTokenizer.kind, PretrainedTokenizer.kind)
 C = TypeVar("C")
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path | str, *, source: Path | str | None = None) -> str:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path | str) -> str:
     """Write a tokenizer into a folder, making it, and return the digest; equal tokenizers give equal bytes.
 
-    Of a pretrained one the description only; `source` is what it was loaded from. Raises CheckpointError when
-    it cannot be written.
+    Of a pretrained one the description only, with the path that it was loaded from. Raises CheckpointError
+    when it cannot be written.
     """
     directory = Path(directory)
     match tokenizer:
@@ -49,14 +49,14 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path | str, *, source: Path 
             content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors})
             description = _describe(tokenizer)
         case PretrainedTokenizer():
-            assert source is not None, "a pretrained tokenizer is saved as where it is"
-            content, description = None, _describe(tokenizer) | {"path": str(_weights_folder(Path(source)))}
+            assert tokenizer.source is not None, "a pretrained tokenizer is saved as where it is"
+            content, description = None, _describe(tokenizer) | {"path": str(tokenizer.source)}
         case _:
             raise CheckpointError("kind of tokenizer to save", got=type(tokenizer).__name__)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if content is not None:
-            _write_atomic(directory / WEIGHTS, content)
+            write_atomic(directory / WEIGHTS, content)
         _write_description(directory, description)
     except OSError as error:
         raise CheckpointError("cannot write the tokenizer", where=directory, got=error.strerror) from None
@@ -100,7 +100,7 @@ def load_tokenizer(directory: Path | str, *, dtype: DType = "float32") -> Tokeni
         if description.get(name) != expected:
             raise CheckpointError(
                 f"{name} of the tokenizer does not match its weights: the folder is damaged or was edited",
-                where=folder if kind == "conv" else _weights_folder(folder),
+                where=folder if kind == "conv" else _weights_folder(folder, description),
                 got=_brief(description.get(name)) if kind == "conv" else _brief(expected),
                 expected=_brief(expected) if kind == "conv" else _brief(description.get(name)),
                 fix=fix,
@@ -119,7 +119,7 @@ def copy_tokenizer(folder: Path, out: Path, *, with_weights: bool) -> bool:
         for name in (WEIGHTS, DESCRIPTION):
             shutil.copyfile(folder / name, out / name)
         return True
-    source = _weights_folder(folder)
+    source = _weights_folder(folder, description)
     inside = not Path(str(description.get("path"))).is_absolute()
     if with_weights or inside:
         (out / COPY).mkdir()
@@ -131,7 +131,7 @@ def copy_tokenizer(folder: Path, out: Path, *, with_weights: bool) -> bool:
 
 
 def _load_pretrained(folder: Path, description: Mapping[str, Any]) -> PretrainedTokenizer:
-    source, dtype = _weights_folder(folder), description.get("dtype")
+    source, dtype = _weights_folder(folder, description), description.get("dtype")
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError("dtype of the tokenizer", where=folder / DESCRIPTION, got=_brief(dtype))
     if not (source / CONFIG).is_file():
@@ -143,24 +143,39 @@ def _load_pretrained(folder: Path, description: Mapping[str, Any]) -> Pretrained
         )
     tokenizer = load_folder(source, dtype)
     statistics = description.get("statistics") or {}
-    try:
-        mean_C, std_C = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError("statistics of the tokenizer", where=folder / DESCRIPTION, got=error) from None
+    mean_C, std_C = _statistics(statistics, folder)
     if mean_C.shape == std_C.shape == (tokenizer.latent_channels,):
         tokenizer.set_statistics(mean_C, std_C)
         tokenizer.statistics_from = str(statistics.get("from"))
     return tokenizer
 
 
-def _weights_folder(source: Path) -> Path:
-    """Where the weights of a pretrained tokenizer are, given what it was loaded from."""
-    folder = next((one for one in (source, source / FOLDER) if (one / DESCRIPTION).is_file()), None)
-    if folder is not None:
-        return (folder / str(_read_description(folder).get("path"))).resolve()
-    vae = find_folder(source)
-    assert vae is not None
-    return vae.resolve()
+def _weights_folder(folder: Path, description: Mapping[str, Any]) -> Path:
+    """Where the weights of a pretrained tokenizer are; a relative path starts at its description."""
+    return (folder / str(description.get("path"))).resolve()
+
+
+def restore_statistics(tokenizer: PretrainedTokenizer, folder: Path) -> bool:
+    """Give a pretrained tokenizer the statistics that it once had in a folder; False if they are not its."""
+    if not (folder / DESCRIPTION).is_file():
+        return False
+    statistics = _read_description(folder).get("statistics") or {}
+    before = tokenizer.mean_C.clone(), tokenizer.std_C.clone(), tokenizer.statistics_from
+    tokenizer.set_statistics(*_statistics(statistics, folder))
+    tokenizer.statistics_from = str(statistics.get("from"))
+    if _read_description(folder).get("digest") == tokenizer.digest:
+        return True
+    tokenizer.set_statistics(*before[:2])
+    tokenizer.statistics_from = before[2]
+    return False
+
+
+def _statistics(statistics: Mapping[str, Any], folder: Path) -> tuple[Tensor, Tensor]:
+    try:
+        mean_C, std_C = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError("statistics of the tokenizer", where=folder / DESCRIPTION, got=error) from None
+    return mean_C, std_C
 
 
 def _describe(tokenizer: ConvTokenizer | PretrainedTokenizer) -> dict[str, Any]:
@@ -240,20 +255,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_description(directory: Path, description: Mapping[str, Any]) -> None:
-    _write_atomic(directory / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    """Leave the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(directory / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _brief(value: Any) -> str:
