@@ -21,6 +21,9 @@ class Command:
 COMMANDS = {
     "shard": Command("vidworld.data.convert:main", "turn robot logs into WebDataset shards"),
     "inspect": Command("vidworld.data.inspect:main", "say what a dataset holds"),
+    "export-dataset": Command(
+        "vidworld.data.export_lerobot:main", "write a dataset as LeRobot v3.0, for other tools"
+    ),
     "lab": Command("vidworld.demo:lab_main", "make episodes with a ground-truth simulator"),
     "encode": Command("vidworld.trainer.encode:main", "turn video shards into latent shards"),
     "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
@@ -33,7 +36,8 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `vidworld --help`."""
-    rows = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: vidworld COMMAND [arguments]\n\nRobot logs in, simulator out.\n\n"
         f"{rows}\n\nvidworld COMMAND --help says more. "

@@ -1,12 +1,15 @@
 """Output directories that are there whole or not at all."""
 
 import contextlib
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from vidworld.errors import ConfigError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -36,5 +39,9 @@ def output_directory(out: Path, record: str, *, overwrite: bool) -> Iterator[Pat
         if out.exists():
             out.rename(staging / "old")
         written.rename(out)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ConfigError("no space left for --out", where=out, fix="free some and run again") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,6 +6,9 @@ parquet and a video file; the episode table gives each one's span of seconds in 
 
 Row i goes with frame i of the episode. The `timestamp` column is kept as recorded and may jitter: it is not
 used to look frames up, and is never made up when it is missing.
+
+What `vidworld export-dataset` wrote beside the standard columns is read back: the contract, the recorded
+times (LeRobot needs `timestamp` to be regular), outcomes and the episodes' ids in their first source.
 """
 
 import json
@@ -22,12 +25,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vidworld.config import digest
+from vidworld.data import lerobot_format as lerobot
 from vidworld.data.sources.naming import guess_dimension, view_name
 from vidworld.data.sources.video_file import MAX_PIXELS, part_of_video, whole_video
 from vidworld.errors import DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
 
-INFO = Path("meta/info.json")
 _TEMPLATE_FIELDS = {"episode_chunk", "episode_index", "video_key", "chunk_index", "file_index"}
 
 
@@ -39,7 +42,7 @@ class LeRobotSource:
     """
 
     def __init__(
-        self, root: Path | str, *, action_key: str = "action", state_key: str = "observation.state"
+        self, root: Path | str, *, action_key: str = lerobot.ACTION, state_key: str = lerobot.STATE
     ) -> None:
         self.root = Path(root)
         self.action_key, self.state_key = action_key, state_key
@@ -47,20 +50,20 @@ class LeRobotSource:
         self._features: dict[str, Any] = self._info["features"]
         if action_key not in self._features:
             raise DataError(
-                f"no feature {action_key!r}", where=self.root / INFO, got=", ".join(self._features)
+                f"no feature {action_key!r}", where=self.root / lerobot.INFO, got=", ".join(self._features)
             )
         self._cameras = {
             view_name(key): key
             for key, feature in self._features.items()
-            if feature.get("dtype") in ("video", "image") and not _is_depth(feature)
+            if feature.get("dtype") in ("video", "image") and not lerobot.is_depth(feature)
         }
         if not self._cameras:
-            raise DataError("no camera among the features", where=self.root / INFO)
+            raise DataError("no camera among the features", where=self.root / lerobot.INFO)
 
     @classmethod
     def detects(cls, path: Path) -> bool:
         """Whether a folder is a LeRobot dataset."""
-        return (path / INFO).is_file()
+        return (path / lerobot.INFO).is_file()
 
     @property
     def name(self) -> str:
@@ -80,6 +83,8 @@ class LeRobotSource:
     @property
     def embodiments(self) -> tuple[EmbodimentSpec, ...]:
         """`robot_type` with the names of the features, and only those units and kinds that names state."""
+        if kept := self._kept_contract():
+            return (kept,)
         return (
             EmbodimentSpec(
                 embodiment=str(self._info.get("robot_type") or "unknown"),
@@ -108,7 +113,9 @@ class LeRobotSource:
         index, row = int(number), self._table[int(number)]
         path, table = self._rows(index, row)
         _check_rows(table, index, row, path)
-        success = _column(table, "next.success", path) if "next.success" in table.column_names else None
+        success = _column(table, lerobot.SUCCESS, path) if lerobot.SUCCESS in table.column_names else None
+        recorded = lerobot.RECORDED_TIME in table.column_names
+        times = lerobot.RECORDED_TIME if recorded else lerobot.TIMESTAMP
         return Episode(
             episode_id=episode_id,
             embodiment=self.embodiments[0].embodiment,
@@ -116,10 +123,16 @@ class LeRobotSource:
             views={view: self._video(key, index, row, path) for view, key in self._cameras.items()},
             actions_TA=_matrix(table, self.action_key, self._features, path),
             proprio_TS=_matrix(table, self.state_key, self._features, path),
-            timestamps_T=_column(table, "timestamp", path).astype(np.float64),
+            timestamps_T=_column(table, times, path).astype(np.float64),
             text=self._text(row, table),
-            outcome={} if success is None else {"success": bool(success.any())},
-            source={"format": f"LeRobot {self._info.get('codebase_version', '')}".strip(), "index": index},
+            outcome=lerobot.json_of(row, lerobot.OUTCOME)
+            or ({} if success is None else {"success": bool(success.any())}),
+            source={
+                "format": f"LeRobot {self._info.get('codebase_version', '')}".strip(),
+                "index": index,
+                **({"episode_id": row[lerobot.SOURCE_ID]} if lerobot.SOURCE_ID in row else {}),
+                **({"origin": origin} if (origin := lerobot.json_of(row, lerobot.ORIGIN)) else {}),
+            },
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,13 +142,13 @@ class LeRobotSource:
     @cached_property
     def _table(self) -> dict[int, dict[str, Any]]:
         """Episode index -> its row of the episode table."""
-        folder = self.root / "meta" / "episodes"
+        folder = self.root / lerobot.EPISODE_TABLES
         rows = (
-            _parquet_rows(folder) if folder.is_dir() else _json_lines(self.root / "meta" / "episodes.jsonl")
+            _parquet_rows(folder) if folder.is_dir() else _json_lines(self.root / lerobot.LINES_OF_EPISODES)
         )
         table = {}
         for row in rows:
-            index = row.get("episode_index")
+            index = row.get(lerobot.EPISODE_INDEX)
             if not isinstance(index, int) or index < 0 or index in table:
                 raise DataError("episode_index in the episode table", where=self.root / "meta", got=index)
             table[index] = row
@@ -146,30 +159,47 @@ class LeRobotSource:
     @cached_property
     def _tasks(self) -> dict[int, str]:
         """Task index -> text."""
-        lines = self.root / "meta" / "tasks.jsonl"
+        lines = self.root / lerobot.LINES_OF_TASKS
         if lines.is_file():
             return {row["task_index"]: row["task"] for row in _json_lines(lines)}
-        table = self.root / "meta" / "tasks.parquet"
+        table = self.root / lerobot.TASKS
         if not table.is_file():
             return {}
         # v3.0 writes the text as the table's index, whatever that column is then called.
         columns = pq.read_table(table).to_pydict()
-        texts = [column for name, column in columns.items() if name != "task_index"]
-        return dict(zip(columns["task_index"], texts[0], strict=True)) if texts else {}
+        texts = [column for name, column in columns.items() if name != lerobot.TASK_INDEX]
+        return dict(zip(columns[lerobot.TASK_INDEX], texts[0], strict=True)) if texts else {}
 
     def _text(self, row: Mapping[str, Any], table: pa.Table) -> str:
         """Instruction of an episode: of the episode table, else of the task that its rows name."""
         tasks = row.get("tasks") or []
-        if not tasks and "task_index" in table.column_names:
-            seen = dict.fromkeys(table.column("task_index").to_pylist())
+        if not tasks and lerobot.TASK_INDEX in table.column_names:
+            seen = dict.fromkeys(table.column(lerobot.TASK_INDEX).to_pylist())
             tasks = [self._tasks[index] for index in seen if index in self._tasks]
         return "; ".join([tasks] if isinstance(tasks, str) else map(str, tasks))
 
     def _rows(self, index: int, row: Mapping[str, Any]) -> tuple[Path, pa.Table]:
         """Parquet file of an episode and its rows, images left out."""
         path = self._path("data_path", index, row, "data")
-        keys = (self.action_key, self.state_key, "timestamp", "frame_index", "episode_index", "task_index")
-        return path, _read_parquet(path, (*keys, "next.success"), index)
+        keys = (self.action_key, self.state_key, lerobot.RECORDED_TIME, lerobot.SUCCESS, *lerobot.BOOKKEEPING)
+        return path, _read_parquet(path, keys, index)
+
+    def _kept_contract(self) -> EmbodimentSpec | None:
+        """What the contract file of an export says, as long as it speaks of the columns that are here."""
+        contract = lerobot.read_contract(self.root)
+        if contract is None:
+            return None
+        for key, dimensions in ((self.action_key, contract.action), (self.state_key, contract.proprio)):
+            if [dimension.name for dimension in dimensions] != _names(self._features, key):
+                return None
+        return EmbodimentSpec(
+            embodiment=contract.embodiment,
+            rate_hz=self.fps,
+            action=contract.action,
+            proprio=contract.proprio,
+            control_frame=contract.control_frame,
+            note=contract.note,
+        )
 
     def _path(self, template: str, index: int, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
         """Fill a path template of info.json; `prefix` is where the episode table keeps the numbers."""
@@ -181,17 +211,17 @@ class LeRobotSource:
         pattern = self._info[template]
         wanted = {field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None}
         if unknown := wanted - _TEMPLATE_FIELDS:
-            raise DataError(f"{template} names {', '.join(sorted(unknown))}", where=self.root / INFO)
+            raise DataError(f"{template} names {', '.join(sorted(unknown))}", where=self.root / lerobot.INFO)
         if missing := wanted - values.keys():
             raise DataError(f"episode table without {prefix}/{missing.pop()}", where=self.root / "meta")
         filled = PurePosixPath(pattern.format(**values))
         if filled.is_absolute() or ".." in filled.parts:
-            raise DataError(f"{template} leaves the dataset", where=self.root / INFO, got=str(filled))
+            raise DataError(f"{template} leaves the dataset", where=self.root / lerobot.INFO, got=str(filled))
         return self.root / filled
 
     def _video(self, key: str, index: int, row: Mapping[str, Any], rows_path: Path) -> Video:
         if self._features[key]["dtype"] == "image":
-            count = _read_parquet(rows_path, ("episode_index",), index).num_rows
+            count = _read_parquet(rows_path, (lerobot.EPISODE_INDEX,), index).num_rows
             return Video(count, partial(_decode_images, rows_path, key, index))
         prefix = f"videos/{key}"
         path = self._path("video_path", index, row, prefix, key)
@@ -204,7 +234,7 @@ class LeRobotSource:
 
 
 def _read_info(root: Path) -> dict[str, Any]:
-    path = root / INFO
+    path = root / lerobot.INFO
     try:
         info = json.loads(path.read_text())
     except OSError as error:
@@ -227,11 +257,6 @@ def _read_info(root: Path) -> dict[str, Any]:
                 fix="older datasets: convert with lerobot's own converter first",
             )
     return info
-
-
-def _is_depth(feature: Mapping[str, Any]) -> bool:
-    facts = feature.get("info") or feature.get("video_info") or {}
-    return bool(facts.get("video.is_depth_map"))
 
 
 def _names(features: Mapping[str, Any], key: str) -> list[str]:
@@ -276,9 +301,9 @@ def _parquet_rows(folder: Path) -> Iterator[dict[str, Any]]:
 def _read_parquet(path: Path, wanted: tuple[str, ...], index: int) -> pa.Table:
     """Those of the wanted columns that exist, for the rows of one episode."""
     try:
-        names = set(pq.read_schema(path).names)
-        filters = [("episode_index", "=", index)] if "episode_index" in names else None
-        return pq.read_table(path, columns=[key for key in wanted if key in names], filters=filters)
+        present = set(pq.read_schema(path).names)
+        filters = [(lerobot.EPISODE_INDEX, "=", index)] if lerobot.EPISODE_INDEX in present else None
+        return pq.read_table(path, columns=[key for key in wanted if key in present], filters=filters)
     except FileNotFoundError:
         raise DataError("missing data file", where=path) from None
     except (OSError, pa.ArrowException) as error:
@@ -295,8 +320,8 @@ def _check_rows(table: pa.Table, index: int, row: Mapping[str, Any], path: Path)
             got=table.num_rows,
             expected=f"{length} as its length says",
         )
-    if "frame_index" in table.column_names:
-        frames = _column(table, "frame_index", path)
+    if lerobot.FRAME_INDEX in table.column_names:
+        frames = _column(table, lerobot.FRAME_INDEX, path)
         wrong = np.flatnonzero(frames != np.arange(len(frames)))
         if len(wrong):
             raise DataError(
@@ -357,7 +382,9 @@ def _flat(table: pa.Table, key: str, path: Path) -> np.ndarray:
 
 def _decode_images(path: Path, key: str, index: int) -> Iterator[np.ndarray]:
     """Frames of a camera whose pictures lie in the parquet file."""
-    for row, picture in enumerate(_read_parquet(path, (key, "episode_index"), index).column(key).to_pylist()):
+    for row, picture in enumerate(
+        _read_parquet(path, (key, lerobot.EPISODE_INDEX), index).column(key).to_pylist()
+    ):
         content = picture.get("bytes") if isinstance(picture, dict) else picture
         if not isinstance(content, bytes):
             raise DataError(f"no picture in row {row} of {key}", where=path)
