@@ -10,14 +10,14 @@ import pytest
 from vidworld.data.loader import LoaderConfig
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
-from vidworld.trainer.feed import clip_batches, clip_feed, open_dataset
+from vidworld.trainer.feed import clip_batches, clip_feed
 
 CONFIG = LoaderConfig(clip_frames=4, batch_size=6, workers=0)
 
 
 @pytest.fixture
 def dataset(latents: Path) -> ShardDataset:
-    return open_dataset(latents, "latents")
+    return ShardDataset.open(latents)
 
 
 def ids(dataset: ShardDataset, start: int, count: int, **options: Any) -> list[tuple[str, ...]]:
@@ -57,8 +57,6 @@ def test_the_order_of_both_kinds_is_stored(dataset: ShardDataset) -> None:
 def test_bad_clip_lengths_are_refused(dataset: ShardDataset) -> None:
     with pytest.raises(ConfigError, match="long_clip_frames"):
         clip_feed(dataset, CONFIG, seed=0, long_clip_frames=4, long_clip_fraction=0.5)
-    with pytest.raises(DataError, match="kind of dataset"):
-        open_dataset(dataset.directory, "video")
 
 
 def test_held_out_batches_are_the_same_every_time(dataset: ShardDataset) -> None:

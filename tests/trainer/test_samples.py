@@ -13,11 +13,11 @@ from vidworld.data.shards import ShardDataset
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.tokenizers.store import load_tokenizer
 from vidworld.trainer.config import LookConfig
+from vidworld.trainer.corpus import world_spec
 from vidworld.trainer.engine import EngineConfig, autocast_of
 from vidworld.trainer.feed import clip_batches
 from vidworld.trainer.samples import FaithfulnessAlarm, Validation, WorldSamples
 from vidworld.trainer.tasks import Moment, WorldTask
-from vidworld.trainer.train import _world_spec
 from vidworld.world.build import build
 
 PLAIN = autocast_of(EngineConfig(precision="fp32"), torch.device("cpu"))
@@ -28,7 +28,7 @@ def parts(planar: Path, latents: Path, tokenizer_run: Path, settings: SimpleName
     """A world task with weights that are not zero, and what looks at it."""
     torch.manual_seed(0)
     dataset, tokenizer = ShardDataset.open(latents), load_tokenizer(tokenizer_run)
-    spec = _world_spec(settings.world(latents, tokenizer_run), dataset.manifest, tokenizer)
+    spec = world_spec(settings.world(latents, tokenizer_run), dataset, tokenizer)
     world = build(spec, tokenizer)
     for parameter in world.model.parameters():
         if not parameter.any():
@@ -46,7 +46,7 @@ def parts(planar: Path, latents: Path, tokenizer_run: Path, settings: SimpleName
 
 
 def test_validation_repeats(parts: SimpleNamespace) -> None:
-    look = Validation(parts.batches, PLAIN)
+    look = Validation({"planar": parts.batches}, PLAIN)
     first, second = look(1, parts.task), look(99, parts.task)
     assert first == second
     assert first.keys() == {"val_loss", "val_flow", "val_latents", "val_proprio"}
@@ -54,7 +54,8 @@ def test_validation_repeats(parts: SimpleNamespace) -> None:
 
 
 def alarm(parts: SimpleNamespace, progress: float, said: list[str]) -> FaithfulnessAlarm:
-    return FaithfulnessAlarm(parts.batches, parts.spec, LookConfig(), lambda: progress, said.append, PLAIN)
+    batches = {"planar": parts.batches}
+    return FaithfulnessAlarm(batches, parts.spec, LookConfig(), lambda: progress, said.append, PLAIN)
 
 
 def test_the_alarm_sounds_for_a_model_that_ignores_actions(parts: SimpleNamespace) -> None:
@@ -64,8 +65,29 @@ def test_the_alarm_sounds_for_a_model_that_ignores_actions(parts: SimpleNamespac
     found = alarm(parts, 0.1, said)(10, parts.task)
     assert found["faithful_ratio_shuffled"] == pytest.approx(1.0, abs=1e-4)
     assert said == [], "too early to tell"
-    alarm(parts, 0.5, said)(10, parts.task)
+    late = alarm(parts, 0.5, said)
+    late(10, parts.task)
     assert "hardly listens to its actions" in said[0]
+    late(20, parts.task)
+    assert len(said) == 1, "once is enough"
+
+
+def test_one_clip_a_batch_is_a_note_and_not_an_error(parts: SimpleNamespace) -> None:
+    said: list[str] = []
+    alone = {"planar": [batch.rows([0]) for batch in parts.batches]}
+    check = FaithfulnessAlarm(alone, parts.spec, LookConfig(), lambda: 1.0, said.append, PLAIN)
+    assert check(10, parts.task) == {} == check(20, parts.task)
+    assert said == ["no check of the actions of 'planar': one clip a batch"]
+
+
+def test_several_embodiments_are_judged_one_by_one(parts: SimpleNamespace) -> None:
+    first, second = parts.batches
+    named = {"a": [first], "b": [second.rows([0, 1])]}
+    values = Validation(named, PLAIN)(1, parts.task)
+    assert values["val_loss"] == pytest.approx((values["val_loss/a"] + values["val_loss/b"]) / 2)
+    said: list[str] = []
+    found = FaithfulnessAlarm(named, parts.spec, LookConfig(), lambda: 0.0, said.append, PLAIN)(1, parts.task)
+    assert {"faithful_ratio_shuffled/a", "faithful_ratio_shuffled/b"} <= found.keys()
 
 
 def test_the_alarm_is_silent_for_a_model_that_listens(
@@ -115,7 +137,7 @@ def test_looks_leave_no_trace(parts: SimpleNamespace, tmp_path: Path) -> None:
         return [parts.task.training, *(parameter.clone() for parameter in parts.task.parameters())]
 
     before, stream = state(), torch.get_rng_state()
-    Validation(parts.batches, PLAIN)(1, parts.task)
+    Validation({"planar": parts.batches}, PLAIN)(1, parts.task)
     WorldSamples(parts.latents, parts.tokenizer, parts.spec, LookConfig(horizon=3), tmp_path)(1, parts.task)
     after = state()
     assert before[0] == after[0]

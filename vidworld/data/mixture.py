@@ -273,10 +273,11 @@ class MixtureOrder:
 class MixtureReader:
     """Reads clips of `length` frames of every dataset, and stacks them padded to the widest.
 
-    cache_bytes: memory for whole episodes of each dataset; 0 reads each clip by itself.
+    cache_bytes: memory for whole episodes of each dataset; 0 (or none given) reads each clip by itself.
     """
 
-    def __init__(self, mixture: Mixture, length: int, cache_bytes: Sequence[int]) -> None:
+    def __init__(self, mixture: Mixture, length: int, cache_bytes: Sequence[int] = ()) -> None:
+        cache_bytes = cache_bytes or [0] * len(mixture.parts)
         self.mixture = mixture
         self._readers = {
             part.label: ClipReader(part.dataset, length, budget)

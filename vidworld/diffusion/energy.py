@@ -58,11 +58,15 @@ def energy_score(samples_MXD: Tensor, target_XD: Tensor, *, fairness: float = 1.
     return error_X - 0.5 * (1 - biased) * spread_X
 
 
-def frame_energy_scores(samples_M: Frames, target: Frames, config: EnergyConfig) -> tuple[Tensor, Tensor]:
+def frame_energy_scores(
+    samples_M: Frames, target: Frames, config: EnergyConfig, used_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores [B, T] of latents (mean over patches plus whole frames) and of proprioception.
 
     `samples_M` has an axis of samples in front of each tensor. Norms are divided by the root of their
-    dimensions, so that each score is of the order of the error of one value.
+    dimensions, so that each score is of the order of the error of one value. `used_B`: the share of a row's
+    latents that is not padding, where samples and target are both zero; whole patches of it, in number and in
+    dimensions.
     """
 
     def scaled(samples: Tensor, target: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ def frame_energy_scores(samples_M: Frames, target: Frames, config: EnergyConfig)
         _patches(samples_M.latents_BTVChw, config.patch), _patches(target.latents_BTVChw, config.patch)
     ).mean((-3, -2, -1))
     whole = scaled(samples_M.latents_BTVChw.flatten(-4), target.latents_BTVChw.flatten(-4))
+    if used_B is not None:
+        patches, whole = patches / used_B[:, None], whole / used_B[:, None].sqrt()
     return patches + config.global_weight * whole, scaled(samples_M.proprio_BTS, target.proprio_BTS)
 
 

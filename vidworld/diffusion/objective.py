@@ -149,6 +149,7 @@ def shortcut_loss(
     *,
     frame_weight_BT: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    used_B: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Shortcut forcing in x-space: w(tau) |f(z, tau, d) - target|^2, w = 0.9 tau + 0.1.
 
@@ -156,7 +157,9 @@ def shortcut_loss(
     for which `predict_rows` is `predict` on those rows alone. The error is a mean over a frame's latents plus
     `proprio_weight` times a mean over its proprioception; frames are averaged with `frame_weight_BT` (default
     1; all zero gives exactly 0). `denominator` replaces the sum of the weights, so that accumulated
-    micro-batches of unequal weight add up to one large batch.
+    micro-batches of unequal weight add up to one large batch. Where pictures are padded with zeros in
+    `clean`, `noise` and what `predict` gives, `used_B` is the share of a row's latents that is not padding:
+    the mean is then over those alone.
 
     Returns "loss" to minimise, and for the log "flow" and "bootstrap" (the same over their rows), "latents"
     and "proprio" (the mean squared errors, unweighted by the ramp).
@@ -169,6 +172,8 @@ def shortcut_loss(
         target = Frames.cat([taught, clean[num_bootstrap:]], 0)
     errors = predict(z, draws.level, draws.step_BT).map(_mean_squared_error, target)
     latents_BT, proprio_BT = errors.latents_BTVChw, errors.proprio_BTS
+    if used_B is not None:
+        latents_BT = latents_BT / used_B[:, None]
     ramp_BT = config.ramp[0] * draws.level.signal + config.ramp[1]
     loss_BT = ramp_BT * (latents_BT + config.proprio_weight * proprio_BT)
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
@@ -189,12 +194,14 @@ def energy_loss(
     *,
     frame_weight_BT: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    used_B: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Energy score of one-step samples: tau = 0, d = 1, `config.energy.samples` samples of every frame.
 
     `noise` and what `predict` gives hold the M samples one after another along time [B, M * T], one target
     stream a sample. Never couple them: no shared noise, no attention between samples. Weights as in
-    `shortcut_loss`.
+    `shortcut_loss`. With `used_B` patches are averaged over those that are not padding, and whole frames have
+    their own number of dimensions.
 
     Returns "loss", and for the log "latents" and "proprio" (their scores).
     """
@@ -202,7 +209,7 @@ def energy_loss(
     level = constant_level(noise, 0.0)
     predicted = predict(noise, level, torch.ones_like(level.signal))
     samples_M = predicted.map(lambda tensor: tensor.unflatten(1, (num_samples, -1)).movedim(1, 0))
-    latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy)
+    latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy, used_B)
     loss_BT = latents_BT + config.proprio_weight * proprio_BT
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
     return {

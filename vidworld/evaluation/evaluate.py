@@ -20,12 +20,14 @@ from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.grounding import file_digest
-from vidworld.output import output_directory
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
 from vidworld.evaluation.tables import summarise
 from vidworld.evaluation.windows import Plan, Settings, plan_windows
+from vidworld.output import output_directory
+from vidworld.world.build import narrow
 from vidworld.world.load import find, load
+from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
 
 RECORD = "metrics.json"
@@ -84,8 +86,8 @@ def run(
 
     `origin` is added to what the metrics say of the world, such as the run that it was loaded from.
     """
-    metrics, study = _measure(world, dataset_dir, settings, origin or {})
-    write_report(metrics, study, world.spec, folder)
+    metrics, study, spec = _measure(world, dataset_dir, settings, origin or {})
+    write_report(metrics, study, spec, folder)
     (folder / RECORD).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
@@ -100,8 +102,9 @@ def evaluate(world: WorldModel, dataset_dir: Path | str, settings: Settings | No
 
 def _measure(
     world: WorldModel, dataset_dir: Path | str, settings: Settings, origin: Mapping[str, Any]
-) -> tuple[dict[str, Any], Study]:
+) -> tuple[dict[str, Any], Study, WorldSpec]:
     dataset = ShardDataset.open(dataset_dir)
+    world = world_of(world, dataset, settings.split)
     plan = plan_windows(dataset, world.spec, settings)
     for embodiment in plan.embodiments:
         warn_constant(world.spec.contracts[world.spec.embodiment_index(embodiment)])
@@ -147,7 +150,14 @@ def _measure(
             "python": platform.python_version(),
         },
     }
-    return _plain(metrics), study
+    return _plain(metrics), study, spec
+
+
+def world_of(world: WorldModel, dataset: ShardDataset, split: str) -> WorldModel:
+    """The world of the embodiments of a split, where the whole world's see differently."""
+    if not world.spec.layouts:
+        return world
+    return narrow(world, list(dict.fromkeys(one.embodiment for one in dataset.manifest.samples(split))))
 
 
 def _settings_only(settings: Settings) -> Settings:

@@ -48,9 +48,10 @@ def attend(
     """Softmax attention with grouped queries: [B, H, T, D].
 
     Query head i reads key-value head i // (H / h). `mask` is None (all see all), bool [T, S] (True =
-    visible), a `Pattern`, or what `prepare_mask` made of one. Every query must see at least one key. A
-    backend that does not run here warns and falls back to sdpa; inside a compiled region, where nothing can
-    be probed, pass what `resolve_backend` answered.
+    visible), bool [B, 1, 1, S] (the keys that all queries of a row see; sdpa only), a `Pattern`, or what
+    `prepare_mask` made of one. Every query must see at least one key. A backend that does not run here warns
+    and falls back to sdpa; inside a compiled region, where nothing can be probed, pass what `resolve_backend`
+    answered.
     """
     if not torch.compiler.is_compiling():
         size = q_BHTD.shape[2] * k_BhSD.shape[2]
@@ -181,7 +182,7 @@ def _ungroup(
     batch, heads, num_queries, dims = q_BHTD.shape
     kv_heads = k_BhSD.shape[1]
     groups = heads // kv_heads
-    if mask_TS is not None and groups > 1:
+    if mask_TS is not None and mask_TS.ndim == 2 and groups > 1:
         mask_TS = mask_TS.repeat(groups, 1)
     q = q_BHTD.reshape(batch, kv_heads, groups * num_queries, dims)
     return kernel(q, k_BhSD, v_BhSD, mask_TS).reshape(batch, heads, num_queries, dims)
@@ -191,7 +192,15 @@ def _sdpa(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_TS: Tensor | None
     if q_BHTD.shape[0] <= MAX_KERNEL_BATCH:
         return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask_TS)
     parts = zip(*(tensor.split(MAX_KERNEL_BATCH) for tensor in (q_BHTD, k_BHSD, v_BHSD)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part, attn_mask=mask_TS) for part in parts])
+    if mask_TS is None or mask_TS.ndim == 2:
+        return torch.cat([F.scaled_dot_product_attention(*part, attn_mask=mask_TS) for part in parts])
+    masks = mask_TS.split(MAX_KERNEL_BATCH)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(*part, attn_mask=mask)
+            for part, mask in zip(parts, masks, strict=True)
+        ]
+    )
 
 
 def _xformers(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_TS: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from vidworld.model.embed import (
     patch_positions,
     unpatchify,
 )
+from vidworld.model.embodiments import used_latents, used_tokens
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.model.rope import Rotation, axial_rotation, rotate
 from vidworld.types import Frames, SignalLevel
@@ -198,15 +199,20 @@ class CausalDiT(nn.Module):
     """
 
     positions_N2: Tensor
+    used_tokens_EN: Tensor | None
+    """Tokens that belong to each embodiment; None where none is padded, and then nothing is masked."""
+    used_latents_EV1hw: Tensor | None
 
     def __init__(self, config: DiTConfig, shape: FrameShape) -> None:
         super().__init__()
-        if shape.height % config.patch_size or shape.width % config.patch_size:
-            raise ConfigError(
-                "latent size",
-                got=f"{shape.height}x{shape.width}",
-                expected=f"a multiple of patch_size = {config.patch_size}",
-            )
+        sizes = [(shape.height, shape.width), *(shape.grid(e)[1:] for e in range(shape.num_embodiments))]
+        for height, width in sizes:
+            if height % config.patch_size or width % config.patch_size:
+                raise ConfigError(
+                    "latent size",
+                    got=f"{height}x{width}",
+                    expected=f"a multiple of patch_size = {config.patch_size}",
+                )
         self.config, self.shape = config, shape
         width = config.width
         self.action_embedding = ActionEmbedding(shape, width)
@@ -223,6 +229,10 @@ class CausalDiT(nn.Module):
         positions_N2 = patch_positions(shape, config.patch_size, num_special)
         self.register_buffer("positions_N2", positions_N2, persistent=False)
         self.num_patches = len(positions_N2) - num_special
+        padded = shape.is_padded
+        tokens_EN = used_tokens(shape, config.patch_size, num_special) if padded else None
+        self.register_buffer("used_tokens_EN", tokens_EN, persistent=False)
+        self.register_buffer("used_latents_EV1hw", used_latents(shape) if padded else None, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -265,10 +275,11 @@ class CausalDiT(nn.Module):
         streams = replace(streams, past=0 if cache is None else cache.num_frames)
         assert frames.num_frames == streams.num_queries, (frames.num_frames, streams)
         actions_BTkD = self.action_embedding(conditioning)
+        frames = self._unpadded(frames, conditioning.embodiment_B)
         x_BTND = self.token_embedding(frames, actions_BTkD, conditioning.embodiment_B)
         condition_BTD = self.condition_embedding(level, step_BT, actions_BTkD, conditioning)
 
-        space, time = self._axes(streams, x_BTND)
+        space, time = self._axes(streams, x_BTND, conditioning.embodiment_B)
         committed: list[KeyValue] = []
         past = iter(() if cache is None else cache.layers)
         for block in self.blocks:
@@ -278,12 +289,26 @@ class CausalDiT(nn.Module):
                 committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
 
         prediction = self._predict(x_BTND, condition_BTD, conditioning.embodiment_B)
+        prediction = self._unpadded(prediction, conditioning.embodiment_B)
         prediction = prediction.map(lambda output, like: output.to(like.dtype), frames)
         if not commit:
             return prediction, None
         return prediction, KVCache(tuple(committed)) if cache is None else cache.append(committed)
 
-    def _axes(self, streams: Streams, x_BTND: Tensor) -> tuple[Axis, Axis]:
+    def _unpadded(self, frames: Frames, embodiment_B: Tensor) -> Frames:
+        """Zeros for all latents that pad an embodiment's pictures; no gradient comes from there."""
+        if self.used_latents_EV1hw is None:
+            return frames
+        used_B1V1hw = self.used_latents_EV1hw[embodiment_B][:, None]
+        return Frames(frames.latents_BTVChw.where(used_B1V1hw, 0), frames.proprio_BTS)
+
+    def _space_mask(self, num_frames: int, embodiment_B: Tensor) -> Tensor | None:
+        """Who is seen in space [B * T, 1, 1, N]: no token sees one that pads an embodiment's pictures."""
+        if self.used_tokens_EN is None:
+            return None
+        return self.used_tokens_EN[embodiment_B].repeat_interleave(num_frames, 0)[:, None, None]
+
+    def _axes(self, streams: Streams, x_BTND: Tensor, embodiment_B: Tensor) -> tuple[Axis, Axis]:
         """How space and time are attended in this pass; shared by all blocks."""
         device, dtype = x_BTND.device, x_BTND.dtype
         if torch.is_autocast_enabled(device.type):
@@ -293,7 +318,10 @@ class CausalDiT(nn.Module):
             return axial_rotation(positions_NP, self.config.head_dim, x_BTND.dtype)
 
         in_space = rotation(self.positions_N2)
-        space = Axis(in_space, in_space, None, resolve_backend(self.config.attention, device, dtype, 0))
+        space_mask = self._space_mask(x_BTND.shape[1], embodiment_B)
+        # A mask of its own for each row is a tensor, which flex would make a new block mask of in every step.
+        backend = "sdpa" if space_mask is not None else self.config.attention
+        space = Axis(in_space, in_space, space_mask, resolve_backend(backend, device, dtype, 0))
         mask_size = streams.num_queries * streams.num_keys
         backend = resolve_backend(self.config.attention, device, dtype, mask_size)
         time = Axis(

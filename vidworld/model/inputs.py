@@ -4,7 +4,7 @@ Shapes: B batch, T frames, A action dims, S proprio dims, k actions per latent f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,18 +36,35 @@ class FrameShape:
     """Action dimensions each embodiment uses; empty when all use all. What lies beyond is never read."""
     embodiment_proprio_dims: tuple[int, ...] = ()
     """The same for proprioception; predictions beyond are exactly zero."""
+    embodiment_views: tuple[int, ...] = field(default=(), metadata={"omit_default": True})
+    """Views each embodiment has, the first ones; empty when all have all. Of the others nothing is read, no
+    token sees them, and predictions there are exactly zero."""
+    embodiment_heights: tuple[int, ...] = field(default=(), metadata={"omit_default": True})
+    """The same for latent rows."""
+    embodiment_widths: tuple[int, ...] = field(default=(), metadata={"omit_default": True})
+    """The same for latent columns."""
 
     def __post_init__(self) -> None:
         for name in ("views", "channels", "height", "width", "actions_per_frame", "num_embodiments"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"frame shape {name}", got=getattr(self, name), expected="at least 1")
-        for name in ("action_dims", "proprio_dims"):
-            widest, used = getattr(self, name), getattr(self, f"embodiment_{name}")
-            if widest < 0 or (used and (len(used) != self.num_embodiments or max(used) > widest)):
+        for name, least in (
+            ("action_dims", 0),
+            ("proprio_dims", 0),
+            ("views", 1),
+            ("height", 1),
+            ("width", 1),
+        ):
+            plural = f"{name}s" if name in ("height", "width") else name
+            widest, used = getattr(self, name), getattr(self, f"embodiment_{plural}")
+            fits = not used or (
+                len(used) == self.num_embodiments and least <= min(used) <= max(used) <= widest
+            )
+            if widest < least or not fits:
                 raise ConfigError(
-                    f"frame shape embodiment_{name}",
+                    f"frame shape embodiment_{plural}",
                     got=used,
-                    expected=f"{self.num_embodiments} counts up to {widest}",
+                    expected=f"{self.num_embodiments} counts from {least} to {widest}",
                 )
 
     @classmethod
@@ -60,8 +77,12 @@ class FrameShape:
         height: int,
         width: int,
         actions_per_frame: int = 1,
+        grids: Sequence[tuple[int, int, int]] = (),
     ) -> "FrameShape":
-        """The shape that holds every embodiment of a dataset, in the order of its contracts."""
+        """The shape that holds every embodiment of a dataset, in the order of its contracts.
+
+        grids: (views, height, width) of each, where they differ; see `embodiment_views`.
+        """
         action_dims = tuple(len(contract.action) for contract in contracts)
         proprio_dims = tuple(len(contract.proprio) for contract in contracts)
         return cls(
@@ -75,7 +96,24 @@ class FrameShape:
             num_embodiments=len(contracts),
             embodiment_action_dims=action_dims,
             embodiment_proprio_dims=proprio_dims,
+            embodiment_views=tuple(grid[0] for grid in grids),
+            embodiment_heights=tuple(grid[1] for grid in grids),
+            embodiment_widths=tuple(grid[2] for grid in grids),
         )
+
+    def grid(self, embodiment: int) -> tuple[int, int, int]:
+        """(views, height, width) that an embodiment uses."""
+        return (
+            self.embodiment_views[embodiment] if self.embodiment_views else self.views,
+            self.embodiment_heights[embodiment] if self.embodiment_heights else self.height,
+            self.embodiment_widths[embodiment] if self.embodiment_widths else self.width,
+        )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the pictures of some embodiment are padded."""
+        whole = (self.views, self.height, self.width)
+        return any(self.grid(index) != whole for index in range(self.num_embodiments))
 
 
 @dataclass(frozen=True)

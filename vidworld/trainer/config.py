@@ -5,16 +5,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from vidworld.config import from_mapping, read_yaml
 from vidworld.data.loader import LoaderConfig
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
+from vidworld.files import url_of
 from vidworld.model.dit import DiTConfig
 from vidworld.tokenizers.conv import ConvTokenizerConfig
 from vidworld.trainer.engine import EngineConfig
 from vidworld.trainer.logging import WandbMode
 from vidworld.trainer.loop import LoopConfig
 from vidworld.trainer.optim import OptimConfig
+from vidworld.world.spec import SamplerSettings
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,43 @@ class LookConfig:
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
-    """How the world imagines frames; what training fixes (window, finest step) is filled in."""
+class MixPart:
+    """One dataset of a mixture."""
 
-    steps: int = 4
-    """Denoising steps a frame; a power of two."""
-    method: Literal["euler", "heun"] = "euler"
-    context_noise: float = 0.1
-    """Share of noise on every frame that becomes context."""
-    sink: int = 0
-    """First frames that stay in sight when the window rolls on."""
-    guidance: float = 0.0
+    data: Path
+    """Dataset that `vidworld shard` wrote, or `vidworld encode`."""
+    weight: float = 1.0
+    """Share of the clips, against the weights of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
+class DataChoice:
+    """What is trained on: one dataset, or several in shares."""
+
+    data: Path | None = None
+    """Dataset that `vidworld shard` wrote; for a world also one of `vidworld encode`."""
+    mix: tyro.conf.Fixed[tuple[MixPart, ...]] = ()
+    """In place of `data`: several, each with its `data` and `weight`."""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (not self.mix):
+            raise ConfigError(
+                "settings 'data' and 'mix'",
+                got="neither" if self.data is None else "both",
+                expected="exactly one of them",
+                fix="`data: PATH`, or `mix: [{data: PATH, weight: 0.7}, ...]`",
+            )
+
+    @property
+    def datasets(self) -> tuple[Path, ...]:
+        """Where the data lie."""
+        return tuple(part.data for part in self.mix) if self.data is None else (self.data,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining(DataChoice):
     """Train a tokenizer on video shards."""
 
-    data: Path
-    """Dataset that `vidworld shard` wrote."""
     kind: Literal["tokenizer"] = "tokenizer"
     seed: int = 0
     tokenizer: ConvTokenizerConfig = field(default_factory=ConvTokenizerConfig)
@@ -97,19 +119,19 @@ class TokenizerTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldTraining:
+class WorldTraining(DataChoice):
     """Train a world model on video shards (encoded first) or latent shards."""
 
-    data: Path
-    """Dataset that `vidworld shard` or `vidworld encode` wrote."""
     tokenizer: Path
     """Run that trained a tokenizer, or the tokenizer's folder."""
     kind: Literal["world"] = "world"
     latents: Path | None = None
-    """Where the latents of a video dataset are, or go: by default `latents/` in the run."""
+    """Where the latents of a video dataset are, or go: by default `latents/` in the run. Of a mixture, a
+    folder with one for each dataset."""
     seed: int = 0
     init: Path | None = None
-    """World run whose averaged weights this one starts from, such as for an energy-score fine-tune."""
+    """World run whose averaged weights this one starts from, such as for an energy-score fine-tune, or to add
+    an embodiment: those that it knows stay known."""
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
@@ -128,6 +150,7 @@ class WorldTraining:
     wandb: WandbMode = "offline"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("action_dropout", "clip_dropout", "long_clip_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(
@@ -166,14 +189,25 @@ def read_training(path: Path) -> Training:
     for spelling, mode in ((False, "off"), (True, "online")):
         if settings.get("wandb") is spelling:  # YAML 1.1 reads a bare `off` as false
             settings["wandb"] = mode
+    mix = settings.get("mix")
+    for number, part in enumerate(mix if isinstance(mix, list) else ()):
+        if isinstance(
+            part, dict
+        ):  # names what is misspelt in a list, which `from_mapping` does not look into
+            from_mapping(MixPart, part, where=f"{path}, mix entry {number + 1}")
     return from_mapping(cls, settings, where=path)
 
 
 def absolute(training: Training) -> Training:
     """The same settings with absolute paths, so that a saved run repeats itself from any directory."""
     paths = {
-        name: value.absolute()
+        name: _absolute(value)
         for name in ("data", "tokenizer", "latents", "init")
         if isinstance(value := getattr(training, name, None), Path)
     }
-    return dataclasses.replace(training, **paths)
+    mix = tuple(dataclasses.replace(part, data=_absolute(part.data)) for part in training.mix)
+    return dataclasses.replace(training, mix=mix, **paths)
+
+
+def _absolute(path: Path) -> Path:
+    return path if url_of(path) else path.absolute()

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
+
 from vidworld.data.loader import LoaderConfig, make_loader
-from vidworld.data.order import OrderKey
+from vidworld.data.mixture import Mixture, MixtureReader
+from vidworld.data.order import ClipOrder, OrderKey
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
 from vidworld.trainer.loop import Feed
@@ -15,7 +17,7 @@ from vidworld.types import Batch
 
 
 def clip_feed(
-    dataset: ShardDataset,
+    dataset: ShardDataset | Mixture,
     config: LoaderConfig,
     *,
     seed: int,
@@ -78,10 +80,28 @@ def clip_feed(
     return Feed(open_at, order, require_same)
 
 
-def clip_batches(dataset: ShardDataset, split: str, config: LoaderConfig, count: int) -> list[Batch]:
+def clip_batches(
+    dataset: ShardDataset | Mixture, split: str, config: LoaderConfig, count: int
+) -> list[Batch]:
     """The first `count` batches of a split, kept in memory: the same in every run on these data."""
     config = dataclasses.replace(config, workers=0, cache_gb=0)
     return list(make_loader(dataset, split, config, seed=0, num_steps=count))
+
+
+def part_batches(mixture: Mixture, label: str, split: str, config: LoaderConfig, count: int) -> list[Batch]:
+    """The first `count` batches of one dataset of a mixture, padded and counted as the mixture's are."""
+    (part,) = (part for part in mixture.parts if part.label == label)
+    key = make_loader(part.dataset, split, dataclasses.replace(config, workers=0), seed=0).key(0)
+    order, reader = ClipOrder.of(part.manifest, key), MixtureReader(mixture, config.clip_frames)
+    keys = [f"{label}/{sample.key}" for sample in part.manifest.samples(split)]
+    batches = []
+    for step in range(count):
+        clips = [
+            reader.read(keys[episode], int(start)) for episode, start in zip(*order.batch(step), strict=True)
+        ]
+        tensors = {name: torch.from_numpy(array) for name, array in reader.stack(clips).items()}
+        batches.append(Batch(ids=tuple(clip.id for clip in clips), **tensors))
+    return batches
 
 
 def _long(config: LoaderConfig, frames: int, parts: int) -> LoaderConfig:
@@ -90,11 +110,3 @@ def _long(config: LoaderConfig, frames: int, parts: int) -> LoaderConfig:
         raise ConfigError("long_clip_frames", got=frames, expected=f"more than {config.clip_frames}")
     clips = max(1, round(config.batch_size * config.clip_frames / frames / parts)) * parts
     return dataclasses.replace(config, clip_frames=frames, batch_size=clips)
-
-
-def open_dataset(path: Path, kind: str) -> ShardDataset:
-    """Open a dataset and refuse one of another kind."""
-    dataset = ShardDataset.open(path)
-    if dataset.manifest.kind != kind:
-        raise DataError("kind of dataset", where=path, got=dataset.manifest.kind, expected=kind)
-    return dataset

@@ -4,6 +4,7 @@ Shapes: B batch, T frames (latent ones for a world), V views, C channels, H W pi
 A action dims, S proprio dims, k actions per latent frame, M target streams, X noise dims.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from vidworld.model.parameters import muon_parameters
 from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions, fold_views, to_unit_range
 from vidworld.tokenizers.conv import ConvTokenizer
-from vidworld.types import Batch, Frames
+from vidworld.types import Batch, Frames, Layout
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Moment:
 N = TypeVar("N", bound=nn.Module)
 
 
-class Task(nn.Module, Generic[N]):
+class Task(nn.Module, ABC, Generic[N]):
     """One forward is one backward, so that DDP and DeepSpeed can wrap it.
 
     `net` is the module whose weights are trained, averaged and saved.
@@ -56,12 +57,12 @@ class Task(nn.Module, Generic[N]):
     tokens_per_frame: float = 1.0
     """Tokens that the network reads for a camera frame of a clip, for the log."""
 
+    @abstractmethod
     def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
         """Losses of one micro-batch: "loss", and parts for the log without gradient, scalars all.
 
         Every random tensor comes from `generator`.
         """
-        raise NotImplementedError
 
     def weight(self, batch: Batch) -> Tensor | None:
         """How much the batch's mean loss counts beside other micro-batches; None when all count alike."""
@@ -76,20 +77,42 @@ class Task(nn.Module, Generic[N]):
 
 
 class TokenizerTask(Task[ConvTokenizer]):
-    """Reconstruct frames; views and frames of a clip are so many pictures."""
+    """Reconstruct frames; views and frames of a clip are so many pictures.
 
-    def __init__(self, tokenizer: ConvTokenizer) -> None:
+    layouts: how each embodiment of the batches sees, where they differ. Pictures of one size then go through
+    the network together and without their padding, which normalisation over a picture would take in.
+    """
+
+    def __init__(self, tokenizer: ConvTokenizer, layouts: Sequence[Layout] = ()) -> None:
         super().__init__()
         self.net = tokenizer
+        self.layouts = tuple(layouts) if len({_grid(layout) for layout in layouts}) > 1 else ()
 
     def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
-        """The tokenizer's own training loss on uint8 video."""
-        return self.net.training_loss(pixels(batch), generator)
+        """The tokenizer's own training loss on uint8 video; of several sizes, the mean over all pixels."""
+        groups = pictures(batch, self.layouts)
+        if len(groups) == 1:
+            return self.net.training_loss(groups[0], generator)
+        total = sum(group.numel() for group in groups)
+        losses: dict[str, Tensor] = {}
+        for group in groups:
+            share = group.numel() / total
+            for name, value in self.net.training_loss(group, generator).items():
+                losses[name] = losses[name] + share * value if name in losses else share * value
+        return losses
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """Pixels of the batch, where they differ from batch to batch."""
+        if not self.layouts:
+            return None
+        grids = [_grid(self.layouts[index]) for index in batch.embodiment_B.tolist()]
+        return torch.tensor(float(sum(views * height * width for views, height, width in grids)))
 
     def compile_parts(self) -> None:
         """Compile encoder and decoder."""
-        self.net.encoder.compile(dynamic=False)
-        self.net.decoder.compile(dynamic=False)
+        dynamic = bool(self.layouts)  # so many pictures of each size in this batch, so many in the next
+        self.net.encoder.compile(dynamic=dynamic)
+        self.net.decoder.compile(dynamic=dynamic)
 
 
 class WorldTask(Task[CausalDiT]):
@@ -120,9 +143,23 @@ class WorldTask(Task[CausalDiT]):
                 "batch to train a world on", got="video", expected="latents", fix="encode it first"
             )
         proprio_BTS = batch.proprio_BTS[:, :: self.net.shape.actions_per_frame]
-        return Frames(
+        clean = Frames(
             batch.latents_BTVChw.float(), self.normalizer.proprio(proprio_BTS.float(), batch.embodiment_B)
         )
+        return self.unpadded(clean, batch)
+
+    def unpadded(self, frames: Frames, batch: Batch) -> Frames:
+        """The same frames with zeros for all latents that are padding, whatever stood there."""
+        used_EV1hw = self.net.used_latents_EV1hw
+        if used_EV1hw is None:
+            return frames
+        used_B1V1hw = used_EV1hw[batch.embodiment_B][:, None]
+        return Frames(frames.latents_BTVChw.where(used_B1V1hw, 0), frames.proprio_BTS)
+
+    def used(self, batch: Batch) -> Tensor | None:
+        """Share of each row's latents that is not padding [B]; None where nothing is."""
+        used_EV1hw = self.net.used_latents_EV1hw
+        return None if used_EV1hw is None else used_EV1hw.flatten(1).float().mean(1)[batch.embodiment_B]
 
     def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
         """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""
@@ -143,21 +180,23 @@ class WorldTask(Task[CausalDiT]):
         """Shortcut forcing, or the energy score of one-step samples."""
         clean = self.clean(batch)
         conditioning = self.conditioning(batch, generator)
+        used_B = self.used(batch)
         context_level = context_levels(clean, self.objective, generator=generator)
         context = mix(clean, noise_like(clean, generator=generator), context_level)
         predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
         match self.objective.kind:
             case "shortcut":
-                noise = noise_like(clean, generator=generator)
+                noise = self.unpadded(noise_like(clean, generator=generator), batch)
                 num_bootstrap = bootstrap_rows(
                     self.objective, len(batch.ids), moment.progress, moment.micro_batches
                 )
                 draws = draw_levels(clean, self.objective, num_bootstrap=num_bootstrap, generator=generator)
                 on_rows = partial(predict, rows=slice(0, num_bootstrap))
-                return shortcut_loss(predict, on_rows, clean, noise, draws, self.objective)
+                return shortcut_loss(predict, on_rows, clean, noise, draws, self.objective, used_B=used_B)
             case "energy":
                 tiled = Frames.cat([clean] * self.num_targets, 1)
-                return energy_loss(predict, clean, noise_like(tiled, generator=generator), self.objective)
+                noise = noise_like(tiled, generator=generator)
+                return energy_loss(predict, clean, noise, self.objective, used_B=used_B)
             case other:
                 raise ConfigError("objective.kind", got=other, expected="shortcut or energy")
 
@@ -172,11 +211,27 @@ class WorldTask(Task[CausalDiT]):
         compile_blocks(self.net)
 
 
-def pixels(batch: Batch) -> Tensor:
-    """Pictures of a video batch [B * V, T, 3, H, W] in [-1, 1]."""
+def pictures(batch: Batch, layouts: Sequence[Layout] = ()) -> list[Tensor]:
+    """Pictures of a video batch in [-1, 1], those of a size together: [N, T, 3, H, W] each.
+
+    layouts: how each embodiment sees, where they differ; what pads their pictures is cut off.
+    """
     if batch.video_BTVCHW is None:
         raise DataError("batch to train a tokenizer on", got="latents", expected="video")
-    return to_unit_range(fold_views(batch.video_BTVCHW))
+    if not layouts:
+        return [to_unit_range(fold_views(batch.video_BTVCHW))]
+    rows_of: dict[tuple[int, int, int], list[int]] = {}
+    for row, embodiment in enumerate(batch.embodiment_B.tolist()):
+        rows_of.setdefault(_grid(layouts[embodiment]), []).append(row)
+    by_size: dict[tuple[int, int], list[Tensor]] = {}
+    for (views, height, width), rows in sorted(rows_of.items()):
+        video_BTVCHW = batch.video_BTVCHW[rows][:, :, :views, :, :height, :width]
+        by_size.setdefault((height, width), []).append(fold_views(video_BTVCHW))
+    return [to_unit_range(torch.cat(videos)) for videos in by_size.values()]
+
+
+def _grid(layout: Layout) -> tuple[int, int, int]:
+    return len(layout.views), layout.height, layout.width
 
 
 def _uniform(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -1,10 +1,11 @@
 """`vidworld train CONFIG.yaml [--out RUN]` and `vidworld train RUN --resume`: a tokenizer or a world."""
 
 import contextlib
+import itertools
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,34 +13,40 @@ import torch
 import tyro
 
 from vidworld.config import parse, to_mapping
-from vidworld.data.manifest import Manifest
-from vidworld.data.shards import ShardDataset
-from vidworld.errors import CheckpointError, ConfigError, DataError
-from vidworld.model.inputs import FrameShape
-from vidworld.tokenizers.base import check_size, num_latent_frames, to_unit_range
+from vidworld.errors import CheckpointError, ConfigError
+from vidworld.model.embodiments import carry_over
+from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
 from vidworld.tokenizers.store import FOLDER, load_tokenizer, save_tokenizer
 from vidworld.trainer.config import TokenizerTraining, Training, WorldTraining, absolute, read_training
+from vidworld.trainer.corpus import (
+    check_latents,
+    encode_corpus,
+    held_out,
+    named_datasets,
+    open_corpus,
+    open_latents,
+    robots,
+    statistics_videos,
+    world_spec,
+)
 from vidworld.trainer.ema import EMA
-from vidworld.trainer.encode import encode_dataset
 from vidworld.trainer.engine import autocast_of, build_engine, uses_compile
-from vidworld.trainer.feed import clip_batches, clip_feed, open_dataset
+from vidworld.trainer.feed import clip_feed
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Look, Loop
 from vidworld.trainer.run import CONFIG, open_run
 from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Validation, WorldSamples
-from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pixels
-from vidworld.types import Batch
+from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
+from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
 from vidworld.world.load import find
-from vidworld.world.spec import FILE_NAME, SamplerConfig, WorldSpec
-
-STATISTICS_EPISODES, STATISTICS_FRAMES = 64, 32
+from vidworld.world.spec import FILE_NAME, WorldSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerOptions:
-    """Train a tokenizer on video shards."""
+class RunOptions:
+    """Where a run is, and whether it is new."""
 
     config: tyro.conf.Positional[Path]
     """YAML of the run, or the directory of one."""
@@ -49,21 +56,19 @@ class TokenizerOptions:
     """Go on from the newest checkpoint, if there is one."""
     overwrite: bool = False
     """Train anew in a run that is here already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions(RunOptions):
+    """Train a tokenizer on video shards."""
+
     training: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldOptions:
+class WorldOptions(RunOptions):
     """Train an action-conditioned world model on video or latent shards."""
 
-    config: tyro.conf.Positional[Path]
-    """YAML of the run, or the directory of one."""
-    out: Path | None = None
-    """Run directory; by default runs/<name of the YAML>."""
-    resume: bool = False
-    """Go on from the newest checkpoint, if there is one."""
-    overwrite: bool = False
-    """Train anew in a run that is here already."""
     training: Annotated[WorldTraining, tyro.conf.arg(name="")]
 
 
@@ -127,23 +132,23 @@ def train(
 
 
 def _train_tokenizer(training: TokenizerTraining, run: Path, log: RunLog, *, resume: bool) -> None:
-    dataset = open_dataset(training.data, "video")
+    corpus = open_corpus(training, "video")
+    _, layouts = robots(corpus)
     tokenizer = ConvTokenizer(training.tokenizer)
-    check_size(dataset.manifest.height, dataset.manifest.width, tokenizer.size_multiple)
-    trial = _Trial(training, TokenizerTask(tokenizer), run, log)
-    feed = clip_feed(dataset, training.loader, seed=training.seed, **trial.layout)
-    held_out = _held_out(training, dataset, log)
-    looks = [Look(training.look.validate_every, Validation(held_out, trial.autocast))]
-    looks.append(
-        Look(training.look.sample_every, TokenizerSamples(held_out, run / "samples", trial.autocast))
-    )
+    for layout in layouts:
+        check_size(layout.height, layout.width, tokenizer.size_multiple)
+    trial = _Trial(training, TokenizerTask(tokenizer, layouts), run, log)
+    feed = clip_feed(corpus, training.loader, seed=training.seed, **trial.layout)
+    unseen = held_out(training, corpus)
+    looks = [Look(training.look.validate_every, Validation(unseen, trial.autocast))]
+    looks.append(Look(training.look.sample_every, TokenizerSamples(unseen, run / "samples", trial.autocast)))
     loop = trial.loop(feed, looks, {"kind": training.kind}, resume=resume)
     loop.fit()
     if trial.engine.rank == 0:
         averaged = loop.ema.module.net
         with torch.no_grad():
-            averaged.measure_statistics(_statistics_videos(dataset, trial.engine.device))
-            psnr = _reconstruction_psnr(averaged, held_out, trial.engine.device)
+            averaged.measure_statistics(statistics_videos(corpus, trial.engine.device))
+            psnr = _reconstruction_psnr(averaged, layouts, unseen, trial.engine.device)
         digest = save_tokenizer(averaged, run / FOLDER)
         log.write({"step": loop.clock.step, "event": "tokenizer", "held_out_psnr": psnr, "digest": digest})
         log.say(f"tokenizer {digest}: {psnr:.2f} dB PSNR on held-out frames")
@@ -151,14 +156,16 @@ def _train_tokenizer(training: TokenizerTraining, run: Path, log: RunLog, *, res
 
 
 def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: bool) -> None:
-    dataset = ShardDataset.open(training.data)
+    corpus = open_corpus(training)
     tokenizer = load_tokenizer(training.tokenizer)
     assert isinstance(tokenizer, ConvTokenizer)
-    _check_latents(dataset.manifest, tokenizer, training.data)
-    spec = _world_spec(training, dataset.manifest, tokenizer)
+    check_latents(corpus, tokenizer)
+    known = None if training.init is None else WorldSpec.read(find(training.init).directory)
+    spec = world_spec(training, corpus, tokenizer, known)
     world = build(spec, tokenizer)
-    if training.init is not None:
-        load_weights(world.model, find(training.init).weights)
+    if training.init is not None and known is not None:
+        adapt = partial(carry_over, before=known.robots, after=spec.robots)
+        load_weights(world.model, find(training.init).weights, adapt=adapt)
     task = WorldTask(
         world.model,
         world.normalizer,
@@ -169,7 +176,11 @@ def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: boo
     trial = _Trial(training, task, run, log)
     if trial.engine.rank == 0:
         tokenizer.to(trial.engine.device)
-    latents = _latents(training, dataset, tokenizer, run, trial)
+    folder = training.latents or run / "latents"
+    if trial.engine.rank == 0:
+        encode_corpus(corpus, tokenizer, folder)
+    trial.engine.barrier()
+    latents = open_latents(corpus, folder)
     feed = clip_feed(
         latents,
         training.loader,
@@ -178,18 +189,18 @@ def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: boo
         long_clip_fraction=training.long_clip_fraction,
         **trial.layout,
     )
-    held_out = _held_out(training, latents, log)
+    unseen = held_out(training, latents)
     look = training.look
-    looks = [
-        Look(look.validate_every, Validation(held_out, trial.autocast)),
-        Look(look.sample_every, WorldSamples(dataset, tokenizer, spec, look, run / "samples")),
-    ]
+    looks = [Look(look.validate_every, Validation(unseen, trial.autocast))]
+    for label, dataset in named_datasets(corpus).items():
+        samples = WorldSamples(dataset, tokenizer, spec, look, run / "samples", label)
+        looks.append(Look(look.sample_every, samples))
     identity = {"kind": training.kind, "tokenizer": tokenizer.digest}
     loop = trial.loop(feed, looks, identity, resume=resume)
     loop.looks.append(
         Look(
             look.validate_every,
-            FaithfulnessAlarm(held_out, spec, look, lambda: loop.clock.progress, log.say, trial.autocast),
+            FaithfulnessAlarm(unseen, spec, look, lambda: loop.clock.progress, log.say, trial.autocast),
         )
     )
     if trial.engine.rank == 0:
@@ -249,102 +260,24 @@ class _Trial:
         begin = f"goes on from step {loop.clock.step}" if saved is not None else "starts"
         self.log.say(
             f"{training.kind} {begin}: {parameters / 1e6:.1f}M parameters on {self.engine.world_size} x "
-            f"{self.engine.device.type}, data {training.data}, run {self.run}"
+            f"{self.engine.device.type}, data {', '.join(map(str, training.datasets))}, run {self.run}"
         )
         return loop
 
 
-def _world_spec(training: WorldTraining, manifest: Manifest, tokenizer: ConvTokenizer) -> WorldSpec:
-    """What `world.json` says."""
-    check_size(manifest.height, manifest.width, tokenizer.size_multiple)
-    sampler = training.sampler
-    return WorldSpec(
-        model=training.model,
-        shape=FrameShape.from_contracts(
-            manifest.contracts,
-            views=len(manifest.views),
-            channels=tokenizer.latent_channels,
-            height=manifest.height // tokenizer.spatial_stride,
-            width=manifest.width // tokenizer.spatial_stride,
-            actions_per_frame=tokenizer.time_stride,
-        ),
-        views=manifest.views,
-        height=manifest.height,
-        width=manifest.width,
-        fps=manifest.fps,
-        contracts=manifest.contracts,
-        sampler=SamplerConfig(
-            steps=sampler.steps,
-            method=sampler.method,
-            finest_steps=training.objective.finest_steps,
-            context_noise=sampler.context_noise,
-            window=num_latent_frames(training.loader.clip_frames, tokenizer.time_stride),
-            sink=sampler.sink,
-            guidance=sampler.guidance,
-        ),
-        tokenizer_digest=tokenizer.digest,
-        dataset_digest=manifest.digest,
-    )
-
-
-def _check_latents(manifest: Manifest, tokenizer: ConvTokenizer, where: Path) -> None:
-    """Refuse latents of another tokenizer."""
-    made_by = (manifest.tokenizer or {}).get("digest", tokenizer.digest)
-    if made_by != tokenizer.digest:
-        raise DataError(
-            "tokenizer of the latents",
-            where=where,
-            got=made_by,
-            expected=tokenizer.digest,
-            fix="give the tokenizer that encoded them, or encode the video again",
-        )
-
-
-def _latents(
-    training: WorldTraining, dataset: ShardDataset, tokenizer: ConvTokenizer, run: Path, trial: _Trial
-) -> ShardDataset:
-    """The latents to train on; those of a video dataset are made by the first rank, once."""
-    if dataset.manifest.kind == "latents":
-        return dataset
-    out = training.latents or run / "latents"
-    if trial.engine.rank == 0:
-        encode_dataset(training.data, tokenizer, out)
-    trial.engine.barrier()
-    return open_dataset(out, "latents")
-
-
-def _held_out(training: Training, dataset: ShardDataset, log: RunLog) -> list[Batch]:
-    """Batches of the validation split, or of the training split where it has no clip."""
-    look = training.look
-    config = type(training.loader)(
-        clip_frames=training.loader.clip_frames, batch_size=look.validate_clips, workers=0
-    )
-    try:
-        return clip_batches(dataset, "val", config, look.validate_batches)
-    except DataError as error:
-        warnings.warn(f"validation reads training clips: {error}", stacklevel=2)
-        return clip_batches(dataset, "train", config, look.validate_batches)
-
-
-def _statistics_videos(dataset: ShardDataset, device: torch.device) -> Iterator[torch.Tensor]:
-    """Frames spread over the training split, one view at a time [1, T, 3, H, W] in [-1, 1]."""
-    samples = dataset.manifest.samples("train")
-    for sample in samples[:: -(-len(samples) // STATISTICS_EPISODES)]:
-        video = dataset.read(sample.key).video
-        assert video is not None
-        for frames_THWC in video.values():
-            spread = frames_THWC[:: -(-len(frames_THWC) // STATISTICS_FRAMES)]
-            yield to_unit_range(torch.from_numpy(spread.copy()).to(device).movedim(-1, -3)[None])
-
-
-def _reconstruction_psnr(tokenizer: ConvTokenizer, batches: Sequence[Batch], device: torch.device) -> float:
+def _reconstruction_psnr(
+    tokenizer: ConvTokenizer,
+    layouts: Sequence[Layout],
+    batches: Mapping[str, Sequence[Batch]],
+    device: torch.device,
+) -> float:
     """Mean PSNR in dB of held-out pictures through encode and decode, clamped as when shown."""
     per_picture = []
-    for batch in batches:
-        video_NTCHW = pixels(batch).to(device)
-        decoded_NTCHW = tokenizer.decode(tokenizer.encode(video_NTCHW)).clamp(-1, 1)
-        squared = (decoded_NTCHW - video_NTCHW).square().flatten(2).mean(2)
-        per_picture.append(10 * torch.log10(4 / squared.clamp(min=1e-10)).flatten())
+    for batch in itertools.chain.from_iterable(batches.values()):
+        for video_NTCHW in pictures(batch.to(device), layouts):
+            decoded_NTCHW = tokenizer.decode(tokenizer.encode(video_NTCHW)).clamp(-1, 1)
+            squared = (decoded_NTCHW - video_NTCHW).square().flatten(2).mean(2)
+            per_picture.append(10 * torch.log10(4 / squared.clamp(min=1e-10)).flatten())
     return float(torch.cat(per_picture).mean())
 
 
@@ -366,7 +299,7 @@ def _next_command(training: Training, run: Path) -> str:
         case TokenizerTraining():
             return f"next: set `tokenizer: {run}` in a world config, or run vidworld encode"
         case WorldTraining():
-            return f"next: vidworld eval {run} {training.data}, or vidworld rollout {run}"
+            return f"next: vidworld eval {run} {training.datasets[0]}, or vidworld rollout {run}"
 
 
 def _world_size() -> int:

@@ -1,5 +1,6 @@
 """Put a world together from its spec, and fill it with weights."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 
 from vidworld.errors import CheckpointError
 from vidworld.model.dit import CausalDiT
+from vidworld.model.embodiments import carry_over
 from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.base import Tokenizer
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
 
 KEYS_SHOWN = 3
+Weights = dict[str, Tensor]
 
 
 def build(spec: WorldSpec, tokenizer: Tokenizer, *, autocast: bool = True) -> WorldModel:
@@ -44,8 +47,28 @@ def build(spec: WorldSpec, tokenizer: Tokenizer, *, autocast: bool = True) -> Wo
     )
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def narrow(world: WorldModel, names: Sequence[str]) -> WorldModel:
+    """The world of some of its embodiments, in their own views and size: nothing is padded any more.
+
+    It predicts what the whole world would, shares all weights but the small tables with it, and is what is
+    reset, stepped and evaluated. Raises ContractError for an unknown name, ConfigError where they do not see
+    alike.
+    """
+    spec = world.spec.only(names)
+    with torch.random.fork_rng(devices=[]):  # its first weights are thrown away, and must not move the stream
+        model = CausalDiT(spec.model, spec.shape)
+    weights = carry_over(world.model.state_dict(), world.spec.robots, spec.robots)
+    model.load_state_dict(weights, assign=True)
+    learns = next(world.model.parameters()).requires_grad
+    model.requires_grad_(learns).train(world.model.training).to(world.device)
+    normalizer = Normalizer(spec.contracts).to(world.device)
+    return WorldModel(spec, model, normalizer, world.tokenizer, autocast=world.autocast).train(world.training)
+
+
+def load_weights(model: nn.Module, path: Path, *, adapt: Callable[[Weights], Weights] | None = None) -> None:
     """Fill a module from a safetensors file of exactly its parameters, whatever the precision of the file.
+
+    `adapt` sees the file's weights first, such as to carry them over to other embodiments.
 
     Raises CheckpointError when the file is missing or damaged, or of another architecture: then it names what
     is missing, what is left over and what has another shape, and the module is left as it was.
@@ -54,6 +77,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError("cannot read the weights", where=path, got=error) from None
+    if adapt is not None:
+        weights = adapt(weights)
     own = model.state_dict()
     reshaped = [
         f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"

@@ -20,7 +20,7 @@ from vidworld.model.inputs import Conditioning
 from vidworld.model.two_stream import cached_predictor, ingest
 from vidworld.types import Frames, SignalLevel
 from vidworld.world.noise import CONTEXT, START, NoiseStream, Purpose
-from vidworld.world.spec import SamplerConfig
+from vidworld.world.spec import Method, SamplerConfig
 
 
 def imagine(
@@ -113,8 +113,7 @@ def sample(predict: Predict, start: Frames, sampler: SamplerConfig) -> Frames:
             return euler(predict, start, sampler.steps, finest_steps=sampler.finest_steps)
         case "heun":
             return heun(predict, start, sampler.steps, finest_steps=sampler.finest_steps)
-    methods = get_args(SamplerConfig.__annotations__["method"])
-    raise ConfigError("sampler.method", got=sampler.method, expected=" | ".join(methods))
+    raise ConfigError("sampler.method", got=sampler.method, expected=" | ".join(get_args(Method)))
 
 
 def commit(

@@ -35,6 +35,12 @@ def gather_prompts(prompts: Sequence[Prompt], spec: WorldSpec, *, allow_out_of_r
     """Check prompts against the world and stack them, on the CPU."""
     if not prompts:
         raise ConfigError("prompts", got="none", expected="at least one")
+    if spec.layouts:
+        raise ConfigError(
+            "prompt for a world of robots that see differently",
+            fix="take the world of one: vidworld.load(run, embodiment=...), with one of "
+            + ", ".join(repr(contract.embodiment) for contract in spec.contracts),
+        )
     lengths = sorted({prompt.num_frames for prompt in prompts})
     if len(lengths) > 1:
         raise DataError("frames of the prompts", got=lengths, expected="the same number for all")

@@ -8,7 +8,7 @@ import torch
 
 from vidworld.errors import CheckpointError
 from vidworld.tokenizers.store import load_tokenizer
-from vidworld.world.build import build, load_weights
+from vidworld.world.build import build, load_weights, narrow
 from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
 from vidworld.world.world import WorldModel
 
@@ -28,11 +28,19 @@ class Files:
         return self.directory / "tokenizer"
 
 
-def load(path: Path | str, device: torch.device | str | None = None, *, autocast: bool = True) -> WorldModel:
+def load(
+    path: Path | str,
+    device: torch.device | str | None = None,
+    *,
+    autocast: bool = True,
+    embodiment: str | None = None,
+) -> WorldModel:
     """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
 
-    `device` defaults to the GPU if there is one. Weights are held in float32 whatever the file's precision;
-    see `WorldModel` for what `autocast` does. Parameters do not require grad; actions may.
+    `device` defaults to the GPU if there is one. `embodiment` gives the world of that robot alone, which a
+    world of robots that see differently needs before it can be reset. Weights are held in float32 whatever
+    the file's precision; see `WorldModel` for what `autocast` does. Parameters do not require grad; actions
+    may.
     Raises CheckpointError saying what is missing, damaged or of another architecture.
     """
     files = find(path)
@@ -41,6 +49,8 @@ def load(path: Path | str, device: torch.device | str | None = None, *, autocast
     world = build(spec, load_tokenizer(files.tokenizer), autocast=autocast)
     load_weights(world.model, files.weights)
     world.requires_grad_(False).eval()
+    if embodiment is not None:
+        world = narrow(world, [embodiment])
     return world.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

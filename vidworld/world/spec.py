@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,25 +13,27 @@ from vidworld.config import digest, from_mapping, to_mapping
 from vidworld.contract import ActionContract
 from vidworld.errors import CheckpointError, ConfigError, ContractError, UserError
 from vidworld.model.dit import DiTConfig
+from vidworld.model.embodiments import Robots
 from vidworld.model.inputs import FrameShape
+from vidworld.types import Layout
 
 FILE_NAME = "world.json"
 SCHEMA_VERSION = 1
 
 
+Method = Literal["euler", "heun"]
+"""Samplers that a rollout knows."""
+
+
 @dataclass(frozen=True)
-class SamplerConfig:
-    """How frames are imagined; every rollout may override it."""
+class SamplerSettings:
+    """How frames are imagined, as far as it can be chosen freely."""
 
     steps: int = 4
     """Denoising steps a frame, K; a power of two with the shortcut objective."""
-    method: Literal["euler", "heun"] = "euler"
-    finest_steps: int = 16
-    """`objective.finest_steps` of training: the model is never told a smaller step than 1/finest_steps."""
+    method: Method = "euler"
     context_noise: float = 0.1
     """Share of noise mixed into every frame before it becomes context; its level is told to the model."""
-    window: int = 16
-    """Frames in sight, the new one included: the clip length of training."""
     sink: int = 0
     """First frames that stay in sight when the window rolls on."""
     guidance: float = 0.0
@@ -40,16 +43,32 @@ class SamplerConfig:
         """Refuse values outside their range with ConfigError."""
         if self.steps < 1:
             raise ConfigError("sampler.steps", got=self.steps, expected="1 or more")
-        if self.finest_steps < 1:
-            raise ConfigError("sampler.finest_steps", got=self.finest_steps, expected="1 or more")
         if not 0 <= self.context_noise < 1:
             raise ConfigError("sampler.context_noise", got=self.context_noise, expected="from 0 to below 1")
-        if self.sink < 0 or self.window < self.sink + 2:
+        if self.sink < 0:
+            raise ConfigError("sampler.sink", got=self.sink, expected="0 or more")
+        if not self.guidance >= 0:
+            raise ConfigError("sampler.guidance", got=self.guidance, expected="0 or more")
+
+
+@dataclass(frozen=True)
+class SamplerConfig(SamplerSettings):
+    """How frames are imagined, with what training fixes; every rollout may override it."""
+
+    finest_steps: int = 16
+    """`objective.finest_steps` of training: the model is never told a smaller step than 1/finest_steps."""
+    window: int = 16
+    """Frames in sight, the new one included: the clip length of training."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range with ConfigError."""
+        super().__post_init__()
+        if self.finest_steps < 1:
+            raise ConfigError("sampler.finest_steps", got=self.finest_steps, expected="1 or more")
+        if self.window < self.sink + 2:
             raise ConfigError(
                 "sampler.window", got=f"{self.window} with a sink of {self.sink}", expected="sink + 2 or more"
             )
-        if not self.guidance >= 0:
-            raise ConfigError("sampler.guidance", got=self.guidance, expected="0 or more")
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,11 @@ class WorldSpec:
     tokenizer_digest: str = ""
     """`Tokenizer.digest` that the latents come from; empty leaves it unchecked."""
     dataset_digest: str = ""
-    """`Manifest.digest` of the training data."""
+    """`Manifest.digest` (or `Mixture.digest`) of the training data."""
+    layouts: tuple[Layout, ...] = field(default=(), metadata={"omit_default": True})
+    """Where embodiments see differently, how each does, in the order of `contracts`: `views`, `height` and
+    `width` are then those of the frame that all are padded to in training, and `only` gives a world of one of
+    them. Empty where all see alike."""
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together with ConfigError."""
@@ -90,11 +113,59 @@ class WorldSpec:
                 )
         if len(set(names)) != len(names) or not names:
             raise ConfigError("embodiments of the world", got=names, expected="one contract each")
+        if self.layouts and len(self.layouts) != len(names):
+            raise ConfigError(
+                "layouts of the world", got=len(self.layouts), expected=f"{len(names)}, one each"
+            )
 
     @cached_property
     def digest(self) -> str:
         """Short hash of everything that fixes what a state of this world means; the sampler is left out."""
         return digest({key: value for key, value in to_mapping(self).items() if key != "sampler"})
+
+    @property
+    def robots(self) -> Robots:
+        """The embodiments as the model's weight tables have them."""
+        names = tuple(contract.embodiment for contract in self.contracts)
+        return Robots(names, self.shape, self.model.patch_size)
+
+    def layout(self, embodiment: str) -> Layout:
+        """How an embodiment sees."""
+        index = self.embodiment_index(embodiment)
+        return self.layouts[index] if self.layouts else Layout(self.views, self.height, self.width, self.fps)
+
+    def only(self, names: Sequence[str]) -> "WorldSpec":
+        """The spec of a world of these embodiments alone, none of them padded more than the others need.
+
+        Raises ContractError for an unknown name, ConfigError where they do not see alike.
+        """
+        layouts = {self.layout(name) for name in names}
+        if len(layouts) != 1:
+            raise ConfigError(
+                "embodiments of one world", got=", ".join(names), expected="some that see alike"
+            )
+        (layout,) = layouts
+        indices = [self.embodiment_index(name) for name in names]
+        contracts = tuple(self.contracts[index] for index in indices)
+        _, height, width = self.shape.grid(indices[0])
+        shape = FrameShape.from_contracts(
+            contracts,
+            views=len(layout.views),
+            channels=self.shape.channels,
+            height=height,
+            width=width,
+            actions_per_frame=self.shape.actions_per_frame,
+        )
+        return replace(
+            self,
+            shape=shape,
+            contracts=contracts,
+            views=layout.views,
+            height=layout.height,
+            width=layout.width,
+            fps=layout.fps,
+            layouts=(),
+        )
 
     @property
     def frames_per_step(self) -> int:
