@@ -18,12 +18,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from vidworld import __version__, media
+from vidworld import __version__, media, plots
 from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError
-from vidworld.evaluation import commands, plots
+from vidworld.evaluation import commands, dreams
 from vidworld.evaluation.commands import Commands
 from vidworld.evaluation.grounding import (
     DEFAULT_CONTEXT,
@@ -31,10 +31,12 @@ from vidworld.evaluation.grounding import (
     VIDEO_SUFFIXES,
     Grounding,
     Recording,
+    find_sample,
     ground_episode,
     ground_files,
 )
 from vidworld.output import output_directory
+from vidworld.world.build import narrow
 from vidworld.world.load import find, load, verify
 from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.state import Rollout
@@ -80,11 +82,13 @@ class Options:
     guidance: float | None = None
     """Action guidance, in place of the world's own."""
     embodiment: str | None = None
-    """For pictures and videos, where the world knows several robots."""
+    """The robot of pictures and videos, where the world knows several; an episode says its own."""
     resize: bool = False
     """Scale and centre-crop a prompt of another size."""
     allow_out_of_range: bool = False
     """Take actions beyond the recorded range."""
+    lerobot: bool = False
+    """Also write the imagined episodes as a LeRobot v3.0 dataset, OUT/lerobot."""
     device: str | None = None
     """Default: the GPU if there is one."""
     overwrite: bool = False
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         f"{options.samples} samples of {record['frames']} frames at "
         f"{record['speed']['frames_per_s']:.3g} frames/s. Look at:"
     )
-    for name in ("grid.mp4", "strip.png", "proprio.png"):
+    for name in ("grid.mp4", "strip.png", "proprio.png", *([dreams.FOLDER] if options.lerobot else [])):
         print(f"  {options.out / name}")
 
 
@@ -111,6 +115,10 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
         if value is not None and value < 1:
             raise ConfigError(f"--{name}", got=value, expected="1 or more")
     world = load(options.run, options.device)
+    if world.spec.layouts:
+        world = narrow(world, [_embodiment(options, world.spec)])
+    if options.lerobot:
+        dreams.check_world(world.spec)
     grounding = _ground(options, world.spec)
     actions = _actions(options, grounding, world.spec)
     warn_constant(grounding.contract)
@@ -122,14 +130,15 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     )
     began = time.perf_counter()
     with torch.no_grad(), tqdm(total=len(actions.actions_TA), unit="frame", disable=None) as bar:
+        state = world.reset(
+            grounding.prompt,
+            options.samples,
+            options.seed,
+            sampler=sampler,
+            allow_out_of_range=options.allow_out_of_range,
+        )
         imagined = world.rollout(
-            world.reset(
-                grounding.prompt,
-                options.samples,
-                options.seed,
-                sampler=sampler,
-                allow_out_of_range=options.allow_out_of_range,
-            ),
+            state,
             actions.actions_TA,
             sampler=sampler,
             allow_out_of_range=options.allow_out_of_range,
@@ -143,8 +152,19 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     np.save(folder / "actions.npy", actions.actions_TA)
     record = _record(options, world.spec, grounding, actions, sampler, world.device, seconds)
     record["command"] = list(command)
+    if options.lerobot:
+        known = world.observation(state, decode=False).proprio_BS
+        dreamt = dreams.Dreams(actions.actions_TA, video_NTVHWC, _numpy(imagined.proprio_BTS), _numpy(known))
+        dreams.write_lerobot(folder / dreams.FOLDER, world.spec, grounding, dreamt, record)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _embodiment(options: Options, spec: WorldSpec) -> str:
+    """Whose world is needed: that of the robot asked for, or of the prompt's episode."""
+    if options.embodiment is None and options.data is not None and len(options.prompt) == 1:
+        return find_sample(ShardDataset.open(options.data), options.prompt[0]).embodiment
+    return spec.contracts[spec.embodiment_index(options.embodiment, where="--embodiment")].embodiment
 
 
 def _ground(options: Options, spec: WorldSpec) -> Grounding:

@@ -1,0 +1,113 @@
+"""Imagined episodes as a LeRobot dataset, for whoever trains a policy on dreams.
+
+One episode a sample: the frames of the prompt (`is_context` true), then the imagined ones, with the commands
+that were given and the proprioception that was predicted. Where the prompt has no commands or proprioception
+(pictures, videos), the episode begins at its last frame, with the proprioception that the world reads off it.
+
+Shapes: N samples, T frames, V views, H W pixels, A action dims, S proprio dims.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidworld import __version__
+from vidworld.data import lerobot_format as lerobot
+from vidworld.data.export_lerobot_writer import Layout, LeRobotWriter, Take, encode_episode
+from vidworld.errors import ConfigError
+from vidworld.evaluation.grounding import Grounding
+from vidworld.world.spec import WorldSpec
+
+FOLDER = "lerobot"
+"""Of the dataset in the output directory of a rollout."""
+
+
+@dataclass(frozen=True)
+class Dreams:
+    """What was imagined from one prompt under one sequence of commands, in raw units."""
+
+    actions_TA: np.ndarray
+    video_NTVHWC: np.ndarray
+    proprio_NTS: np.ndarray
+    grounded_NS: np.ndarray
+    """Proprioception of the prompt's last frame, as the world took it."""
+
+
+def check_world(spec: WorldSpec) -> None:
+    """Refuse a world whose predictions are sparser than its frames, before anything is imagined."""
+    if spec.frames_per_step != 1:
+        raise ConfigError(
+            "--lerobot",
+            got=f"a world that predicts proprioception every {spec.frames_per_step} frames",
+            expected="one row a frame",
+            fix="leave it out: proprio.npz and the videos hold the same",
+        )
+
+
+def write_lerobot(
+    folder: Path, spec: WorldSpec, grounding: Grounding, dreams: Dreams, record: Mapping[str, Any]
+) -> None:
+    """Write the episodes into a new folder; `record` is what rollout.json holds."""
+    layout = Layout(
+        fps=spec.fps,
+        height=spec.height,
+        width=spec.width,
+        views=spec.views,
+        contract=grounding.contract,
+        columns={lerobot.IS_CONTEXT: "bool"},
+    )
+    folder.mkdir()
+    known = {name: record[name] for name in ("prompt", "actions", "sampler", "world")}
+    with LeRobotWriter(folder, layout) as writer:
+        for index, sample in enumerate(record["sample_ids"]):
+            facts = {
+                lerobot.SOURCE_ID: f"dream-{record['seed']}-{sample}",
+                lerobot.SEED: record["seed"],
+                lerobot.SAMPLE: sample,
+                lerobot.SPLIT: "train",
+                lerobot.OUTCOME: "{}",
+                lerobot.ORIGIN: json.dumps({"imagined": True, **known}, sort_keys=True),
+            }
+            writer.add(encode_episode(_take(spec, grounding, dreams, index, facts), layout))
+        writer.finish(
+            splits={"train": f"0:{writer.num_episodes}"},
+            note={"created_by": f"vidworld {__version__}", "imagined": True, **known},
+        )
+
+
+def _take(
+    spec: WorldSpec, grounding: Grounding, dreams: Dreams, index: int, facts: Mapping[str, str | int]
+) -> Take:
+    """One sample with what is known of its prompt."""
+    prompt, proprio_dims = grounding.prompt, len(grounding.contract.proprio)
+    context_TVHWC = prompt.frames_TVHWC(spec)
+    if prompt.proprio is None or prompt.actions is None:
+        context_TVHWC = context_TVHWC[-1:]
+        before_TA = dreams.actions_TA[:0]
+        given_TS = dreams.grounded_NS[index, None, :proprio_dims]
+    else:
+        before_TA, given_TS = prompt.actions, prompt.proprio
+    context = len(context_TVHWC)
+    # No command follows the last frame; the one before is held, so that every row has one.
+    actions_TA = np.concatenate([before_TA, dreams.actions_TA, dreams.actions_TA[-1:]])
+    frames = len(actions_TA)
+    return Take(
+        name=str(facts[lerobot.SOURCE_ID]),
+        text=prompt.text,
+        actions_TA=actions_TA,
+        proprio_TS=np.concatenate([given_TS, dreams.proprio_NTS[index, :, :proprio_dims]]),
+        timestamps_T=np.arange(frames) / spec.fps,
+        pictures=partial(_pictures, spec.views, context_TVHWC, dreams.video_NTVHWC[index]),
+        columns={lerobot.IS_CONTEXT: np.arange(frames) < context},
+        facts=facts,
+    )
+
+
+def _pictures(views: tuple[str, ...], *parts_TVHWC: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    for part_TVHWC in parts_TVHWC:
+        yield {view: part_TVHWC[:, index] for index, view in enumerate(views)}
