@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vidworld.contract import Dimension
-from vidworld.data.prepare import Recipe, decimation, prepare, resample_actions
+from vidworld.data.prepare import Recipe, decimation, plain_outcome, prepare, resample_actions
 from vidworld.data.sources.base import video_of
 from vidworld.data.video import decode_video
 from vidworld.errors import DataError
@@ -209,3 +209,102 @@ def test_decimation_is_whole():
     for target in (20, 60, 8):
         with pytest.raises(DataError, match="whole fraction of the recorded rate: 30, 15, 10"):
             decimation(30, target)
+
+
+@pytest.mark.parametrize(("rows", "pictures"), [(12, 14), (14, 12)])
+def test_trim_at_the_head_keeps_the_ends_together(rows, pictures):
+    done = prepare(make(rows, pictures), dataclasses.replace(RECIPE, trim="head"))
+    assert done.frames == 12
+    assert load(done.members, "actions.npy")[:, 0].tolist() == list(range(rows - 12, rows))
+    assert load(done.members, "timestamps.npy")[0] == pytest.approx((rows - 12) / 10)
+    assert brightness(done.members) == list(range(pictures - 12, pictures))
+    counts = {"rows": rows, "top": pictures}
+    meta = json.loads(done.members["meta.json"])
+    assert meta["source"]["trimmed"] == {"policy": "head", "to": 12, "from": counts}
+
+
+@pytest.mark.parametrize("policy", ["shorter", "head"])
+@pytest.mark.parametrize(("rows", "pictures"), [(20, 12), (12, 20)])
+def test_trim_is_for_small_differences(policy, rows, pictures):
+    with pytest.raises(
+        DataError, match=r"differ too much to be trimmed: got rows .*within 20%: is one of them"
+    ):
+        prepare(make(rows, pictures), dataclasses.replace(RECIPE, trim=policy))
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        *((label, True) for label in (True, 1, 1.0, "1", "success", "True", " Succeeded ", np.bool_(True))),
+        *((label, False) for label in (False, 0, "0", "failure", "FALSE", "failed", np.array([0.0]))),
+    ],
+)
+def test_success_is_true_or_false(label, expected):
+    assert plain_outcome({"mass": 2, "success": label}) == {"success": expected, "mass": 2}
+    members = prepare(make(outcome={"success": label}), RECIPE).members
+    assert json.loads(members["meta.json"])["outcome"]["success"] is expected
+
+
+def test_outcomes_that_are_not_known_are_left_out():
+    for label in (None, "", "unknown", float("nan")):
+        assert plain_outcome({"success": label}) == {}
+    assert plain_outcome({"reward": 3.5}) == {"reward": 3.5}
+    assert plain_outcome({"reward": 3.5}, success_reward=3) == {"success": True, "reward": 3.5}
+    assert plain_outcome({"reward": 2}, success_reward=3) == {"success": False, "reward": 2}
+    assert plain_outcome({"success": 0, "reward": 9}, success_reward=3)["success"] is False
+    with pytest.raises(DataError, match="success label: got 'perhaps', expected true or false"):
+        plain_outcome({"success": "perhaps"})
+    with pytest.raises(DataError, match="success label: got 2"):
+        prepare(make(outcome={"success": 2}), RECIPE)
+
+
+def resampling(fps: float, **changes) -> Recipe:
+    return dataclasses.replace(RECIPE, fps=fps, resample="nearest", **changes)
+
+
+def test_frames_nearest_in_time():
+    done = prepare(make(num_frames=12, fps=15), resampling(10))
+    assert brightness(done.members) == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert load(done.members, "timestamps.npy") == pytest.approx(np.arange(8) / 10)
+    assert load(done.members, "proprio.npy")[:, 0] == pytest.approx(1.5 * np.arange(8))
+    meta = json.loads(done.members["meta.json"])
+    assert (meta["fps"], meta["frames"]) == (10, 8)
+    facts = {
+        "policy": "nearest",
+        "from_fps": 15,
+        "repeated_frames": 0,
+        "most_off_s": pytest.approx(1 / 30, abs=1e-6),
+    }
+    assert meta["source"]["resampled"] == facts
+
+
+def test_a_gap_in_the_clock_repeats_a_picture_and_says_so():
+    times = np.arange(12) / 15
+    times[6:] += 0.25
+    done = prepare(make(num_frames=12, fps=15, timestamps_T=times), resampling(10))
+    assert brightness(done.members) == [0, 1, 3, 4, 5, 6, 6, 7, 8, 10]
+    assert json.loads(done.members["meta.json"])["source"]["resampled"]["repeated_frames"] == 1
+
+
+def test_resampling_at_the_recorded_rate_or_a_whole_fraction_changes_nothing():
+    jittered = np.cumsum(np.random.default_rng(0).uniform(0.07, 0.13, 12))
+    for fps, target in ((10, 10), (20, 10), (30, 10)):
+        episode = make(fps=fps, timestamps_T=jittered * 10 / fps)
+        plain = prepare(episode, dataclasses.replace(RECIPE, fps=target))
+        assert prepare(episode, resampling(target)) == plain
+
+
+def test_no_frames_are_made_up():
+    with pytest.raises(
+        DataError, match=r"got 10, asked for 15, expected at most the recorded rate: frames are"
+    ):
+        prepare(make(), resampling(15))
+
+
+def test_a_rate_that_only_the_user_knows():
+    for times in (np.zeros(0), np.arange(12.0)):
+        episode = dataclasses.replace(make(), fps=0.0, timestamps_T=times)
+        done = prepare(episode, dataclasses.replace(RECIPE, rates={"arm": 20.0}, fps=10))
+        assert load(done.members, "timestamps.npy") == pytest.approx(np.arange(6) / 10)
+        with pytest.raises(DataError, match=r"rows a second: got not in the logs; say rate_hz .*--fps"):
+            prepare(episode, RECIPE)

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -105,7 +105,8 @@ class ContractFile:
     proprio: dict[str, dict[str, Any]] = field(default_factory=dict)
     rotation: dict[str, Any] | tuple[dict[str, Any], ...] = ()
     """Fields of `RotationFacts`, with `from` for `given`."""
-    action_from: StateAction | dict[str, StateAction] | None = None
+    action_from: str | dict[str, str] | None = None
+    """A `StateAction` for all of proprioception, or one for each name or pattern in it."""
     action_keep: tuple[str, ...] | None = None
     proprio_keep: tuple[str, ...] | None = None
 
@@ -179,11 +180,13 @@ class ContractFile:
     ) -> dict[str, StateAction]:
         if self.action_from is None:
             return {}
-        given = self.action_from
-        wanted: dict[str, StateAction] = {"*": given} if isinstance(given, str) else given
+        wanted = {"*": self.action_from} if isinstance(self.action_from, str) else self.action_from
+        known: dict[str, StateAction] = {rule: rule for rule in get_args(StateAction)}
+        if unknown := set(wanted.values()) - known.keys():
+            raise ConfigError("action_from", where=where, got=unknown.pop(), expected=" or ".join(known))
         names = [dimension.name for dimension in proprio]
         rules: dict[str, StateAction] = {
-            names[index]: rule
+            names[index]: known[rule]
             for pattern, rule in wanted.items()
             for index in _matches(pattern, names, f"action_from of {where}")
         }

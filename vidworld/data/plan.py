@@ -17,6 +17,7 @@ from vidworld.data.resample import (
     RATE_TOLERANCE,
     decimation,
     nearest_note,
+    refuse_more_frames,
     resampling_note,
     unknown_kind,
     whole_fraction,
@@ -95,7 +96,7 @@ class Plan:
 
 def make_plan(source: Source, options: ConvertOptions) -> Plan:
     """Resolve options against a source. Raises ConfigError (or DataError) for what does not fit."""
-    width, height = _size(options.size)
+    width, height = parse_size(options.size)
     for name, least in (("min_frames", 2), ("episodes_per_shard", 1), ("workers", 1), ("max_episodes", 1)):
         if (given := getattr(options, name)) is not None and given < least:
             raise ConfigError(f"--{name.replace('_', '-')}", got=given, expected=f"at least {least}")
@@ -228,6 +229,8 @@ def _at_rate(spec: EmbodimentSpec, rate: float, fps: float, resample: Resample) 
     spec = spec if spec.rate_hz else dataclasses.replace(spec, rate_hz=rate)
     if step == 1:
         return spec
+    if step is None:
+        refuse_more_frames(rate, fps)
     for dimension in (*spec.action, *(spec.proprio if step is None else ())):
         if dimension.kind == "unknown":
             raise unknown_kind(dimension, "action" if dimension in spec.action else "proprio")
@@ -235,7 +238,8 @@ def _at_rate(spec: EmbodimentSpec, rate: float, fps: float, resample: Resample) 
     return dataclasses.replace(spec, note="; ".join(filter(None, (spec.note, *said))))
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of `WIDTHxHEIGHT`. Raises ConfigError for what a tokenizer could not take."""
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     width, height = (int(found[1]), int(found[2])) if found else (0, 0)
     if not found or width % 16 or height % 16 or not width * height:

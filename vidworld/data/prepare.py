@@ -18,6 +18,7 @@ from vidworld.data.resample import (
     decimation,
     even_grid,
     proprio_on_grid,
+    refuse_more_frames,
     resample_actions,
     whole_fraction,
 )
@@ -183,12 +184,7 @@ def _at_rate(
             timestamps_T=episode.timestamps_T[::step],
         )
         return at_rate, np.arange(0, len(episode), step), {"decimation": step} if step > 1 else {}
-    if recipe.fps > episode.fps:
-        raise DataError(
-            "frames per second",
-            got=f"{episode.fps:g}, asked for {recipe.fps:g}",
-            expected="at most the recorded rate: frames are not made up",
-        )
+    refuse_more_frames(episode.fps, recipe.fps)
     grid = even_grid(episode.timestamps_T, recipe.fps)
     frames_N = grid.frames_N
     off_s = np.abs(episode.timestamps_T[frames_N] - grid.at_N).max()

@@ -79,6 +79,16 @@ def whole_fraction(fps: float, target_fps: float) -> int | None:
     return step if step >= 1 and abs(ratio - step) <= RATE_TOLERANCE * ratio else None
 
 
+def refuse_more_frames(fps: float, target_fps: float) -> None:
+    """Refuse a rate above the recorded one."""
+    if target_fps > fps:
+        raise DataError(
+            "frames per second",
+            got=f"{fps:g}, asked for {target_fps:g}",
+            expected="at most the recorded rate: frames are not made up",
+        )
+
+
 @dataclass(frozen=True)
 class Grid:
     """Instants at an even rate, within the time of an episode whose clock may jitter."""
