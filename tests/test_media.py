@@ -370,3 +370,11 @@ def test_small_frames_are_enlarged_to_be_seen(clip):
     assert picture.shape[0] > 128
     assert media.enlarge(clip, 96).shape == (12, 96, 128, 3)
     assert media.enlarge(clip, 20) is clip
+
+
+def test_a_picture_of_noise_becomes_a_jpeg():
+    """Noise takes more bytes than it has pixels, which an encoder with one buffer cannot hold."""
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    jpeg = media.encode_jpeg(noise)
+    assert jpeg.startswith(b"\xff\xd8")
+    assert len(jpeg) > 480 * 640, "the case in question"

@@ -203,7 +203,8 @@ def encode_jpeg(image_HWC: np.ndarray, *, quality: int = 88) -> bytes:
     """Encode a picture [H, W, 3] uint8 as JPEG, several times smaller than PNG for photographs."""
     buffer = io.BytesIO()
     picture = Image.fromarray(_check_frames(image_HWC[None])[0])
-    picture.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    # Not `optimize`: it wants the result in one buffer, which a noisy picture outgrows.
+    picture.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()
 
 
