@@ -176,7 +176,9 @@ def _open(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
                     got=f"{context.width}x{context.height}",
                     expected=f"1 to {MAX_PIXELS} pixels",
                 )
-            # One thread: the worker processes share the cores already.
+            # One thread, here and in the conversion to RGB: the worker processes are the parallelism. On two
+            # cores two workers decode 640x480 AV1 at 1275 frames/s so, and at 1032 with FFmpeg's own choice
+            # (H.264 320x192: 4705 and 3690); only a lone process would gain, by a fifth, from threads.
             context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
