@@ -11,7 +11,7 @@ _POSE = (
 _GRIPPER = Dimension("gripper", "1", "position")
 JOINTS = tuple(Dimension(f"joint_{index}", "rad", "position") for index in range(7))
 _EULER = "recorded as Euler angles (fixed axes x, y, z), which jump at +-pi"
-NEXT_STATE = "no actions in the logs: the action is the state of the next frame (absolute)"
+NEXT_STATE = "no actions in the logs: the action is the state of the next frame (absolute) unless mapped otherwise"
 
 
 @dataclass(frozen=True)
