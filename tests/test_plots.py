@@ -58,3 +58,7 @@ def test_png_is_dark_on_white(panels):
     assert picture.shape[1] > 1000
     assert (picture[0, 0] == 255).all()
     assert picture.min() < 40
+
+
+def test_dollar_signs_are_no_formula():
+    assert r"$\frac" in to_svg(draw([Panel((Line("a", [1, 2], [1, 2]),), r"cost in $\frac$")]), "a")

@@ -171,7 +171,7 @@ class Report:
 
     def write(self, path: Path | str) -> Path:
         """Write the page, whole or not at all."""
-        media.write_bytes(path, self.render().encode())
+        media.write_bytes(path, self.render().encode(errors="xmlcharrefreplace"))
         return Path(path)
 
 

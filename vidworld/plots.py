@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": _PAGE_COLOR,
     "axes.labelcolor": _PAGE_COLOR,
     "text.color": _PAGE_COLOR,
+    "text.parse_math": False,
     "xtick.color": _PAGE_COLOR,
     "ytick.color": _PAGE_COLOR,
     "xtick.major.size": 3,

@@ -30,8 +30,8 @@ SHOWN = 20
 class Options:
     """Say what a dataset holds, and what looks wrong in it."""
 
-    directory: tyro.conf.Positional[Path]
-    """Dataset that `vidworld shard` or `vidworld encode` wrote."""
+    directory: tyro.conf.Positional[str]
+    """Folder or URL of a dataset that `vidworld shard` or `vidworld encode` wrote."""
     json: bool = False
     """Print JSON instead of text."""
     html: Path | None = None

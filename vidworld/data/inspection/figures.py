@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vidworld.contract import Dimension, Statistics
+from vidworld.data.inspection.finding import plain
 from vidworld.data.inspection.lag import Curve
 from vidworld.plots import COLORS, FLOOR_COLOR, STYLE, Line, Panel, draw
 
@@ -96,7 +97,7 @@ def _signal(
                 handles[label] = axes.axhline(bound, color=FLOOR_COLOR, linestyle=style, lw=1.1, zorder=2)
     time_axes.set_ylim(low - pad, high + pad)
     time_axes.margins(x=0.01)
-    unit = "" if dimension.unit in ("1", "unknown") else f"  [{dimension.unit}]"
+    unit = "" if dimension.unit in ("1", "unknown") else f"  [{_cut(dimension.unit)}]"
     time_axes.set_title(f"{_cut(dimension.name)}{unit}", fontsize=10)
     value_axes.tick_params(labelleft=False, left=False, labelbottom=False, bottom=False)
     value_axes.grid(False)
@@ -169,4 +170,5 @@ def _zero(*curves: Curve) -> Line:
 
 
 def _cut(name: str) -> str:
+    name = plain(name)
     return name if len(name) <= 34 else f"{name[:33]}…"

@@ -23,6 +23,15 @@ class Finding:
         return f"{self.what} in {self.where}: got {self.got}, expected {self.expected}; {self.fix}"
 
 
+def plain(text: str) -> str:
+    """Text that any font and encoding can draw: spaces for line breaks, controls and lone surrogates.
+
+    >>> plain("a\\nb")
+    'a b'
+    """
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def named(names: list[str], most: int = 5) -> str:
     """A list of names for people, cut to `most`.
 

@@ -17,6 +17,8 @@ from vidworld.data.inspection.pictures import speed
 from vidworld.data.inspection.survey import Look, Survey
 
 MAX_LAG = 5
+LEAST_ROWS = 4
+"""Rows that must be left of an episode for comparison when both ends are kept for lags."""
 LEAST_EPISODES = 3
 PAIRED = 0.5
 """Least correlation, over all episodes, at which a command is said to drive a number of proprioception."""
@@ -181,11 +183,11 @@ def find_pairs(
     contract: ActionContract, looks: Sequence[Look], *, unknown_as: str | None = None
 ) -> list[Pair]:
     """For each command the number of proprioception that it drives most clearly, if any."""
-    used = [look for look in looks if len(look.actions_TA) >= 8]
+    lags = _lags(looks)
+    reach = max(lags)
+    used = [look for look in looks if len(look.actions_TA) - 1 >= 2 * reach + LEAST_ROWS]
     if not used or not contract.proprio:
         return []
-    lags = _lags(used)
-    reach = max(lags)
     correlations, slopes = [], []
     moved = [_moved(contract, look, unknown_as) for look in used]
     for lag in lags:
@@ -210,12 +212,11 @@ def find_pairs(
 
 def action_curve(contract: ActionContract, looks: Sequence[Look], pairs: Sequence[Pair]) -> Curve | None:
     """How well commands and motion correlate at each lag, in the mean over pairs and episodes."""
-    used = [look for look in looks if len(look.actions_TA) >= 8]
     if not pairs:
         return None
     scales_A, scales_S = np.array(contract.action_statistics.std), np.array(contract.proprio_statistics.std)
     series = []
-    for look in used:
+    for look in looks:
         commands_TA, motion_TS = _moved(contract, look, None)
         series += [
             [
@@ -226,7 +227,7 @@ def action_curve(contract: ActionContract, looks: Sequence[Look], pairs: Sequenc
                 and look.proprio_TS[:, pair.proprio].std() > 0.1 * scales_S[pair.proprio]
             ]
         ]
-    return _curve(series, _lags(used))
+    return _curve(series, _lags(looks))
 
 
 def video_curve(survey: Survey, looks: Sequence[Look], view: str) -> Curve | None:
@@ -234,7 +235,7 @@ def video_curve(survey: Survey, looks: Sequence[Look], view: str) -> Curve | Non
     series = []
     for look in looks:
         change_T, speed_T = look.views[view].change_T, speed(look, survey)
-        if len(speed_T) == len(change_T) >= 8 and change_T.std() > 0 and speed_T.std() > 0:
+        if len(speed_T) == len(change_T) > 0 and change_T.std() > 0 and speed_T.std() > 0:
             series.append([(speed_T, np.log1p(change_T))])
     stride = max([1, *(look.stride for look in looks)])
     return _curve(series, _lags(looks, stride)) if series else None
@@ -251,6 +252,7 @@ def _curve(series: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], lags: tupl
                 for lag in lags
             ]
             for before, after in pairs
+            if len(before) >= 2 * reach + LEAST_ROWS
         ]
         if found:
             rows.append(np.mean(found, axis=0))
@@ -275,7 +277,7 @@ def _moved(contract: ActionContract, look: Look, unknown_as: str | None) -> tupl
             case "position":
                 commands_TA[1:, index] = np.diff(actions_TA[:-1, index])
                 # The first command moved from where the robot stood, which nobody wrote down.
-                commands_TA[0, index] = commands_TA[1, index] if len(commands_TA) > 1 else 0
+                commands_TA[:1, index] = commands_TA[1:2, index] if len(commands_TA) > 1 else 0
             case "binary" | "force" | "unknown":
                 pass
             case other:

@@ -15,7 +15,7 @@ from vidworld import media
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.inspection.detectors import silent
 from vidworld.data.inspection.figures import TRACES, Signals, draw_lags, draw_lengths, draw_signals
-from vidworld.data.inspection.finding import Finding
+from vidworld.data.inspection.finding import Finding, plain
 from vidworld.data.inspection.lag import action_curve, find_pairs, video_curve
 from vidworld.data.inspection.survey import Look, Survey
 from vidworld.page import Card, Cell, Item, Report
@@ -137,7 +137,7 @@ def _sheet_looks(survey: Survey, view: str) -> list[Look]:
 def _row_name(look: Look, shown: Sequence[Look]) -> str:
     name = look.sample.key
     if len({other.sample.embodiment for other in shown}) > 1:
-        name = f"{look.sample.embodiment}: {name}"
+        name = f"{plain(look.sample.embodiment)}: {name}"
     return name if len(name) <= 28 else f"{name[:13]}…{name[-14:]}"
 
 

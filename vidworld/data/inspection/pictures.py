@@ -16,9 +16,9 @@ SAME_PICTURE = 0.01
 """Levels of 255. A camera at rest changes by 0.05 and more; a repeated frame decodes alike."""
 MOVING = 0.5
 """Steps faster than this share of the mean speed count as motion, so that a robot at rest is no fault."""
-FROZEN, LONG = 0.05, 5
-"""Share of an episode's steps, or steps in a row, without any change of picture: one lost frame is common,
-more is a fault. CR5 and the planar lab have no such step."""
+FROZEN, LONG, LOST = 0.05, 5, 2
+"""Share of an episode's steps, or steps in a row, without any change of picture; up to two
+lost frames are common. CR5 and the planar lab have no such step."""
 SAME_VIEW = 2.0
 """Mean difference of two cameras in levels of 255; two cameras beside each other differ by 10 and more."""
 
@@ -75,7 +75,7 @@ def frozen(survey: Survey) -> Iterator[Finding]:
             still_T = moves_T & (change_T[: len(moves_T)] <= SAME_PICTURE)
             moving, repeated = moving + int(moves_T.sum()), repeated + int(still_T.sum())
             longest, end = _longest(still_T)
-            if longest >= LONG or still_T.sum() > FROZEN * len(still_T):
+            if longest >= LONG or still_T.sum() > max(LOST, FROZEN * len(still_T)):
                 episodes.append(look.sample.episode_id)
             if longest > stretch:
                 stretch, where = longest, f"{look.sample.episode_id} to row {look.start + end * look.stride}"

@@ -38,7 +38,7 @@ def units(survey: Survey) -> Iterator[Finding]:
                 f"embodiment {contract.embodiment!r}",
                 f"{statistics.q01[index]:.4g} to {statistics.q99[index]:.4g} {dimension.unit}",
                 f"within +-{limit:.3g}",
-                f"are these {MISTAKEN[dimension.unit]}? correct the unit in the contract file",
+                f"are these {MISTAKEN[dimension.unit]}? say so in a contract file, and to: {dimension.unit}",
             )
 
 

@@ -12,6 +12,7 @@ from vidworld.data.inspection.survey import Survey
 TURN = {"rad": 2 * math.pi, "deg": 360.0, "degree": 360.0, "degrees": 360.0}
 WRAP = 0.75
 """Share of a turn: a step this large in one frame is a wrap: a joint would need several turns a second."""
+CONVERT = "convert it with rotation: {dims: [...], from: ..., to: rot6d} in the contract file"
 UNIT_NORM = 0.02
 FLIP = -0.5
 """Cosine between a quaternion and the next. Sign flips give -1, a turn of 240 degrees in a frame -0.5."""
@@ -40,7 +41,7 @@ def euler_wraps(survey: Survey) -> Iterator[Finding]:
                         f"embodiment {contract.embodiment!r}",
                         f"{count} jumps by a turn, first in {first}",
                         "an angle that is continuous in time",
-                        "say the rotation's representation in the contract file, so that it is converted",
+                        CONVERT,
                     )
 
 
@@ -65,7 +66,7 @@ def quaternion_flips(survey: Survey) -> Iterator[Finding]:
                         f"embodiment {contract.embodiment!r}",
                         f"{len(flips)}, first in {look.sample.episode_id} at row {look.start + row + 1}",
                         "a quaternion that is continuous in time",
-                        "say the rotation's representation in the contract file, so that it is converted",
+                        CONVERT,
                     )
 
 
