@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 from vidworld.data.manifest import Quarantined
 from vidworld.data.prepare import Prepared, Recipe, prepare
@@ -19,6 +20,14 @@ from vidworld.data.sources.base import Source
 from vidworld.errors import ConfigError, ContractError, DataError, VidworldError
 
 Result = Prepared | Quarantined
+
+
+class Work(Protocol):
+    """What worker processes do; picklable."""
+
+    def run(self, episode_id: str) -> Result:
+        """Make one episode."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def results(job: Job, episode_ids: Sequence[str], workers: int) -> Iterator[Iterator[Result]]:
+def results(job: Work, episode_ids: Sequence[str], workers: int) -> Iterator[Iterator[Result]]:
     """Results for `episode_ids`, in that order; one worker means this process.
 
     Raises VidworldError when a worker process dies.
@@ -88,10 +97,10 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-_JOB: ContextVar[Job] = ContextVar("job")
+_JOB: ContextVar[Work] = ContextVar("job")
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: Work) -> None:
     _JOB.set(job)
     # An interrupt at the keyboard reaches every process; the parent alone handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -108,3 +117,8 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -242,6 +242,16 @@ class ShardDataset:
                 meta=reader.json("meta.json"),
             )
 
+    def members(self, key: str) -> dict[str, bytes]:
+        """All members of a sample, suffix -> bytes, as they lie in the shard."""
+        with self._reader(*self._locate(key)) as reader:
+            return {suffix: reader.content(suffix) for suffix in reader.opened.members[key]}
+
+    def meta(self, key: str) -> dict[str, Any]:
+        """What `meta.json` says of an episode."""
+        with self._reader(*self._locate(key)) as reader:
+            return reader.json("meta.json")
+
     def verify_all(self) -> None:
         """Check every shard now, checksums included."""
         for shard in self.manifest.shards:
