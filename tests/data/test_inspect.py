@@ -79,7 +79,7 @@ def test_text_says_what_matters(rich_dir, capsys):
     ):
         assert fact in said
     assert "action dimensions that never change in embodiment 'toy': got 'vy' = 0.5" in said
-    assert "suspicious: 2 (only the manifest was read)" in said
+    assert "suspicious: 3 (only the manifest was read)" in said
     lines = {line.split()[0]: line for line in said.splitlines() if line.strip()}
     assert lines["vy"].endswith("constant")
     assert "m/s" in lines["vx"]
