@@ -20,7 +20,8 @@ from vidworld.lab.planar import PlanarConfig, PlanarSource
 from vidworld.tokenizers.base import to_unit_range
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.store import save_tokenizer
-from vidworld.trainer.encode import encode_dataset, encode_frames, latent_statistics
+from vidworld.trainer.encode import encode_dataset, latent_statistics
+from vidworld.trainer.encode_shards import encode_frames
 
 EPISODES, FRAMES, SIZE = 6, 12, 32
 CONFIG = ConvTokenizerConfig(

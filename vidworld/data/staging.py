@@ -63,14 +63,20 @@ class Staging:
         """Groups of a split that an earlier run finished and whose shards are still what they were."""
         groups: list[Group] = []
         done = 0
-        while (note := self.note(split, len(groups))).is_file():
-            group = from_mapping(Group, json.loads(note.read_bytes()), where=note)
-            planned = episodes[done : done + len(group.episodes)]
-            if group.episodes != planned or not self._intact(group.shard):
+        while (group := self.finished_at(split, len(groups))) is not None:
+            if group.episodes != episodes[done : done + len(group.episodes)]:
                 break
             groups.append(group)
             done += len(group.episodes)
         return groups
+
+    def finished_at(self, split: str, index: int) -> Group | None:
+        """One group, if an earlier run finished it and its shard is still what it was."""
+        note = self.note(split, index)
+        if not note.is_file():
+            return None
+        group = from_mapping(Group, json.loads(note.read_bytes()), where=note)
+        return group if self._intact(group.shard) else None
 
     def note(self, split: str, index: int) -> Path:
         """Side file of a finished group."""

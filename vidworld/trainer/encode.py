@@ -1,22 +1,19 @@
 """Turn video shards into latent shards: `vidworld encode DATA --tokenizer RUN --out DIR`.
 
 One latent shard a video shard, with the same keys, splits, actions, proprioception and meta. Interrupted work
-continues at the shard that it had reached; the manifest is written last. Repeated on the same device, the
-bytes are the same.
+keeps every finished shard; the manifest is written last. Repeated on the same device, the bytes are the same,
+whatever the number of processes. Nothing is augmented: latents are those of the recorded frames.
 """
 
 import dataclasses
 import sys
+import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -24,32 +21,21 @@ from tqdm import tqdm
 
 from vidworld import __version__
 from vidworld.config import parse
-from vidworld.data.manifest import MANIFEST, SPLITS, Manifest, Sample, Shard
-from vidworld.data.shards import (
-    EpisodeArrays,
-    ShardDataset,
-    ShardWriter,
-    json_bytes,
-    latents_member,
-    npy_bytes,
-)
-from vidworld.data.staging import SHARDS, Group, Staging, existing, locked
+from vidworld.data.manifest import MANIFEST, SPLITS, Manifest, Shard
+from vidworld.data.shards import ShardDataset
+from vidworld.data.staging import Staging, existing, locked
 from vidworld.errors import ConfigError, DataError, require
-from vidworld.tokenizers.base import (
-    ChannelStatistics,
-    Tokenizer,
-    check_size,
-    num_latent_frames,
-    to_unit_range,
-    usable_frames,
-)
-from vidworld.tokenizers.store import load_tokenizer
+from vidworld.tokenizers.base import ChannelStatistics, Tokenizer, check_size, to_unit_range, usable_frames
+from vidworld.tokenizers.pretrained import DType, PretrainedTokenizer
+from vidworld.tokenizers.store import FOLDER, load_tokenizer, restore_statistics, save_tokenizer
+from vidworld.trainer.encode_processes import encode_shards
+from vidworld.trainer.encode_shards import BATCH_FRAMES, repeatable, write_shards
 
 ENCODER = 1
 """Raised when the same video and tokenizer would give other latents."""
-BATCH_FRAMES = 256
-READERS = 4
 STATISTICS_EPISODES = 64
+STATISTICS_LATENTS = 9
+"""Latent frames of an episode that the statistics of a pretrained tokenizer are measured on."""
 MEAN_ALARM, STD_ALARM = 1.0, 2.0
 
 
@@ -60,11 +46,15 @@ class Options:
     data: tyro.conf.Positional[Path]
     """Dataset of video shards, as `vidworld shard` writes it."""
     tokenizer: Path
-    """Run that trained a tokenizer, or the tokenizer's folder."""
+    """Run that trained a tokenizer, the tokenizer's folder, or a diffusers autoencoder's."""
     out: Path
     """Directory of the latent dataset."""
+    processes: int = 1
+    """Shards that are encoded side by side, each by a process; with several GPUs they are shared out."""
     batch_frames: int = BATCH_FRAMES
     """Frames that the tokenizer encodes at once."""
+    dtype: DType = "float32"
+    """Precision of the weights of a diffusers autoencoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU if there is one."""
     overwrite: bool = False
@@ -74,9 +64,10 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld encode`."""
     options = parse(Options, arguments, prog=prog)
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, dtype=options.dtype)
     assert isinstance(tokenizer, nn.Module)
     tokenizer.to(_device(options.device))
+    work = Work()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         manifest = encode_dataset(
@@ -84,7 +75,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
             tokenizer,
             options.out,
             batch_frames=options.batch_frames,
+            processes=options.processes,
             overwrite=options.overwrite,
+            work=work,
         )
         statistics = latent_statistics(options.out)
     for warning in caught:
@@ -92,11 +85,36 @@ def main(arguments: Sequence[str], prog: str) -> None:
     mean_C, std_C = statistics.mean_C, statistics.std_C
     frames = sum(sample.frames for sample in manifest.samples())
     print(
-        f"{len(manifest.samples())} episodes, {frames} frames of {', '.join(manifest.views)}, "
-        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB; channel means "
+        f"{len(manifest.samples())} episodes, {frames} frames of {', '.join(manifest.views)}; channel means "
         f"{mean_C.min():.2f} to {mean_C.max():.2f}, deviations {std_C.min():.2f} to {std_C.max():.2f}"
     )
-    print(f"{options.out}: done; next: set `data: {options.out}` in a world config and run vidworld train")
+    print(work.report())
+    given = options.out if isinstance(tokenizer, PretrainedTokenizer) else options.tokenizer
+    print(
+        f"{options.out}: done; next: set `data: {options.out}` and `tokenizer: {given}` in a world config "
+        "and run vidworld train"
+    )
+
+
+@dataclass
+class Work:
+    """What an encoding took, filled in while it runs."""
+
+    frames: int = 0
+    """Camera frames of all views that were encoded now, not in an earlier run."""
+    seconds: float = 0.0
+    processes: int = 1
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    def report(self) -> str:
+        """Storage and speed in a line."""
+        share = self.bytes_out / max(self.bytes_in, 1)
+        line = f"video {self.bytes_in / 1e6:.1f} MB, latents {self.bytes_out / 1e6:.1f} MB ({share:.2f} x)"
+        if not self.frames:
+            return f"{line}; all was here already"
+        rate = self.frames / max(self.seconds, 1e-9)
+        return f"{line}; {rate:.0f} frames/s in {self.processes} process(es), reading and writing included"
 
 
 def encode_dataset(
@@ -105,14 +123,18 @@ def encode_dataset(
     out_dir: Path | str,
     *,
     batch_frames: int = BATCH_FRAMES,
+    processes: int = 1,
     overwrite: bool = False,
     progress: bool | None = None,
+    work: Work | None = None,
 ) -> Manifest:
     """Encode a video dataset on the device where the tokenizer is, and return the manifest of the latents.
 
     Does nothing when the directory already holds them, and continues what was interrupted. With a time stride
-    k, each episode loses the frames at its end that make no whole latent frame. `progress`: show a bar; by
-    default where there is a terminal. Warns when the latents are far from mean 0 and deviation 1.
+    k, each episode loses the frames at its end that make no whole latent frame. The spread of a pretrained
+    tokenizer's latents is measured first if its config does not say it; with the latents goes a
+    `tokenizer/` that names it. `progress`: show a bar; by default where there is a terminal. `work` is filled
+    in. Warns when the latents are far from mean 0 and deviation 1.
 
     Raises DataError for a dataset that holds no video or is damaged, or frames that the tokenizer cannot
     take; ConfigError when the directory holds something else.
@@ -121,18 +143,28 @@ def encode_dataset(
     out = Path(out_dir)
     dataset = ShardDataset.open(dataset_dir)
     source = dataset.manifest
-    _check(dataset, tokenizer, out, batch_frames)
-    identity = {
-        "encoder": ENCODER,
-        "source": source.name,
-        "source_fingerprint": source.digest,
-        "tokenizer": tokenizer.digest,
-    }
+    _check(dataset, tokenizer, out, batch_frames, processes)
+    work = work or Work()
+    work.processes = processes
+    work.bytes_in = sum(shard.bytes for shard in source.shards)
     with locked(out):
+        _know_statistics(tokenizer, dataset, None if overwrite else out / FOLDER)
+        identity = {
+            "encoder": ENCODER,
+            "source": source.name,
+            "source_fingerprint": source.digest,
+            "tokenizer": tokenizer.digest,
+        }
         if not overwrite and (manifest := existing(out, identity)):
+            work.bytes_out = sum(shard.bytes for shard in manifest.shards)
             return manifest
         staging = Staging(out, identity, overwrite=overwrite)
-        shards = _write_shards(dataset, tokenizer, staging, batch_frames, progress)
+        if isinstance(tokenizer, PretrainedTokenizer):
+            save_tokenizer(tokenizer, out / FOLDER)
+        began = time.perf_counter()
+        shards = _write_shards(dataset, tokenizer, staging, batch_frames, progress, work)
+        work.seconds = time.perf_counter() - began
+        work.bytes_out = sum(shard.bytes for shard in shards)
         manifest = dataclasses.replace(
             source,
             kind="latents",
@@ -166,7 +198,30 @@ def latent_statistics(latents_dir: Path | str) -> ChannelStatistics:
     return statistics
 
 
-def _check(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, batch_frames: int) -> None:
+def _know_statistics(tokenizer: Tokenizer, dataset: ShardDataset, before: Path | None) -> None:
+    """Measure the latents of a pretrained tokenizer whose config does not say how they are spread.
+
+    `before`: where an interrupted run left what it measured.
+    """
+    if not isinstance(tokenizer, PretrainedTokenizer) or tokenizer.statistics_from != "nowhere":
+        return
+    if before is not None and restore_statistics(tokenizer, before):
+        return
+    device = next(tokenizer.parameters()).device
+    samples = dataset.manifest.samples("train")
+
+    def videos() -> Iterator[torch.Tensor]:
+        for sample in samples[:: -(-len(samples) // STATISTICS_EPISODES) or 1]:
+            frames = usable_frames(sample.frames, tokenizer.time_stride)
+            frames = min(frames, 1 + (STATISTICS_LATENTS - 1) * tokenizer.time_stride)
+            for video_THWC in (dataset.read_clip(sample.key, 0, frames).video or {}).values():
+                yield to_unit_range(torch.from_numpy(video_THWC).to(device).movedim(-1, -3)[None])
+
+    with repeatable():
+        tokenizer.measure_statistics(videos())
+
+
+def _check(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, batch_frames: int, processes: int) -> None:
     """Refuse before any work what could only fail later."""
     manifest = dataset.manifest
     if manifest.kind != "video":
@@ -177,8 +232,9 @@ def _check(dataset: ShardDataset, tokenizer: Tokenizer, out: Path, batch_frames:
             expected="video",
             fix="give the dataset that vidworld shard wrote",
         )
-    if batch_frames < 1:
-        raise ConfigError("--batch-frames", got=batch_frames, expected="at least 1")
+    for name, value in (("--batch-frames", batch_frames), ("--processes", processes)):
+        if value < 1:
+            raise ConfigError(name, got=value, expected="at least 1")
     check_size(manifest.height, manifest.width, tokenizer.size_multiple)
     # Even --overwrite must not cost anyone the video.
     if (out / MANIFEST).is_file() and _kind(out) == "video":
@@ -201,134 +257,36 @@ def _device(name: str) -> torch.device:
 
 
 def _write_shards(
-    dataset: ShardDataset, tokenizer: Tokenizer, staging: Staging, batch_frames: int, progress: bool | None
+    dataset: ShardDataset,
+    tokenizer: Tokenizer,
+    staging: Staging,
+    batch_frames: int,
+    progress: bool | None,
+    work: Work,
 ) -> list[Shard]:
     """Encode the shards that no earlier run finished; returns all, in the order of the source."""
     done: dict[str, Shard] = {}
     todo: list[tuple[int, Shard]] = []
     for split in SPLITS:
-        of_split = [shard for shard in dataset.manifest.shards if shard.split == split]
-        keys = tuple(sample.key for shard in of_split for sample in shard.samples)
-        groups = staging.finished(split, keys)
-        for group, shard in zip(groups, of_split, strict=False):
-            assert group.shard is not None
-            done[shard.file] = group.shard
-        todo += [(index, shard) for index, shard in enumerate(of_split) if index >= len(groups)]
+        for index, shard in enumerate(shard for shard in dataset.manifest.shards if shard.split == split):
+            group = staging.finished_at(split, index)
+            if group is not None and group.episodes == tuple(sample.key for sample in shard.samples):
+                assert group.shard is not None
+                done[shard.file] = group.shard
+            else:
+                todo.append((index, shard))
     total = sum(sample.frames for sample in dataset.manifest.samples())
     left = sum(sample.frames for _, shard in todo for sample in shard.samples)
-    keys = [sample.key for _, shard in todo for sample in shard.samples]
+    work.frames = left * len(dataset.manifest.views)
     disable = None if progress is None else not progress
-    with (
-        _read_ahead(dataset, keys) as episodes,
-        _repeatable(),
-        torch.inference_mode(),
-        tqdm(total=total, initial=total - left, unit="frame", desc="encode", disable=disable) as bar,
-    ):
-        for index, shard in todo:
-            done[shard.file] = _write_shard(index, shard, episodes, tokenizer, staging, batch_frames, bar)
-    return [done[shard.file] for shard in dataset.manifest.shards]
-
-
-def _write_shard(
-    index: int,
-    source: Shard,
-    episodes: Iterator[EpisodeArrays],
-    tokenizer: Tokenizer,
-    staging: Staging,
-    batch_frames: int,
-    bar: "tqdm[Any]",
-) -> Shard:
-    path = staging.tar(source.split, index)
-    samples: list[Sample] = []
-    with ShardWriter(path) as writer:
-        for sample in source.samples:
-            episode = next(episodes)
-            assert episode.key == sample.key
-            frames = usable_frames(sample.frames, tokenizer.time_stride)
-            writer.add(sample.key, _members(episode, frames, tokenizer, batch_frames))
-            samples.append(dataclasses.replace(sample, frames=frames))
-            bar.update(sample.frames)
-    shard = Shard(f"{SHARDS}/{path.name}", writer.sha256, writer.bytes, source.split, samples=tuple(samples))
-    keys = tuple(sample.key for sample in samples)
-    staging.finish(index, Group(source.split, keys, quarantined=(), shard=shard))
-    return shard
-
-
-def _members(
-    episode: EpisodeArrays, frames: int, tokenizer: Tokenizer, batch_frames: int
-) -> dict[str, bytes]:
-    """The members of a latent sample, cut to the frames that make whole latent frames."""
-    assert episode.video is not None
-    members = {}
-    for view, video_THWC in episode.video.items():
-        latents_TChw = encode_frames(tokenizer, video_THWC[:frames], batch_frames)
-        if not np.isfinite(latents_TChw).all():
-            raise DataError(
-                f"latents of view {view!r} of sample {episode.key!r}",
-                got="values that are not finite in float16",
-                fix="the tokenizer has diverged: train it anew",
+    with tqdm(total=total, initial=total - left, unit="frame", desc="encode", disable=disable) as bar:
+        if work.processes > 1 and len(todo) > 1:
+            done |= encode_shards(
+                Path(dataset.directory), tokenizer, staging, todo, batch_frames, work.processes, bar.update
             )
-        members[latents_member(view)] = npy_bytes(latents_TChw)
-    meta = {**episode.meta, "frames": frames} if "frames" in episode.meta else episode.meta
-    return members | {
-        "actions.npy": npy_bytes(episode.actions_TA[:frames]),
-        "proprio.npy": npy_bytes(episode.proprio_TS[:frames]),
-        "timestamps.npy": npy_bytes(episode.timestamps_T[:frames]),
-        "meta.json": json_bytes(meta),
-    }
-
-
-def encode_frames(
-    tokenizer: Tokenizer, video_THWC: np.ndarray, batch_frames: int = BATCH_FRAMES
-) -> np.ndarray:
-    """RGB frames [T, H, W, 3] uint8 of one view to latents [T_latent, C, h, w] float16.
-
-    A tokenizer that compresses time takes all frames at once; it bounds its own memory.
-    """
-    assert isinstance(tokenizer, nn.Module)
-    device = next(tokenizer.parameters()).device
-    at_once = batch_frames if tokenizer.time_stride == 1 else len(video_THWC)
-    pieces = []
-    for start in range(0, len(video_THWC), at_once):
-        pixels_THWC = torch.from_numpy(video_THWC[start : start + at_once]).to(device)
-        video_BTCHW = to_unit_range(pixels_THWC.movedim(-1, -3)[None])
-        pieces.append(tokenizer.encode(video_BTCHW)[0].to("cpu", torch.float16))
-    latents_TChw = torch.cat(pieces).numpy()
-    assert len(latents_TChw) == num_latent_frames(len(video_THWC), tokenizer.time_stride)
-    return latents_TChw
-
-
-@contextmanager
-def _read_ahead(dataset: ShardDataset, keys: Sequence[str]) -> Iterator[Iterator[EpisodeArrays]]:
-    """Decode the next episodes in threads while the tokenizer works; they come in order."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
-        waiting: deque[Future[EpisodeArrays]] = deque()
-        upcoming = iter(keys)
-
-        def episodes() -> Iterator[EpisodeArrays]:
-            for key in upcoming:
-                waiting.append(pool.submit(dataset.read, key))
-                if len(waiting) > READERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-        try:
-            yield episodes()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """Let cuDNN choose its algorithms the same way every time."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
+        else:
+            done |= write_shards(dataset, tokenizer, staging, todo, batch_frames, bar.update)
+    return [done[shard.file] for shard in dataset.manifest.shards]
 
 
 def _warn_unnormalised(statistics: ChannelStatistics) -> None:
