@@ -16,7 +16,7 @@ from vidworld.data.rotation import to_matrix
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.annotated_video import AnnotatedVideoSource
 from vidworld.data.sources.detect import open_source
-from vidworld.errors import DataError
+from vidworld.errors import ConfigError, DataError
 
 POSE = ["ee_x", "ee_y", "ee_z", "ee_roll", "ee_pitch", "ee_yaw", "gripper"]
 RAW = {"0": 13, "10": 18, "9": 10}
@@ -137,6 +137,36 @@ def test_commands_at_15_hz_become_the_last_one_of_each_frame(subset):
         assert {video.num_frames for video in episode.views.values()} == {len(episode)}
 
 
+def test_other_fields_can_be_chosen(subset):
+    """Velocities are averaged over the three commands of a frame, as their kind asks."""
+    facts = subset / "logs.yaml"
+    before = AnnotatedVideoSource(subset).fingerprint
+    facts.write_text(
+        "action: [action.joint_velocity, action.gripper_position]\nstate: [observation.state.joint_position]"
+    )
+    source = open_source(subset)
+    assert source.fingerprint != before
+    (robot,) = source.embodiments
+    assert [d.kind for d in robot.action] == ["velocity"] * 7 + ["position"]
+    assert (robot.action[0].unit, robot.control_frame, len(robot.proprio)) == ("rad/s", "unknown", 7)
+    velocities = np.array(
+        json.loads((subset / "annotation/train/9.json").read_text())["action.joint_velocity"]
+    )
+    episode = source.read("train-9")
+    mean = [velocities[start : start + 3].mean(0) for start in (0, 3, 6, 9)]
+    assert episode.actions_TA[:, :7] == pytest.approx(np.array(mean), abs=1e-6)
+    assert episode.proprio_TS.shape == (4, 7)
+    facts.write_text("action: [action.torque]")
+    with pytest.raises(DataError, match=r"no field 'action.torque' in .*got texts, episode_id"):
+        open_source(subset)
+    facts.write_text("acton: [x]")
+    with pytest.raises(ConfigError, match="did you mean 'action'"):
+        open_source(subset)
+    facts.write_text("flip: rows")
+    with pytest.raises(ConfigError, match=r"logs.yaml: expected action and state only"):
+        open_source(subset)
+
+
 def test_next_state_is_the_action_where_there_is_none(new_setup):
     source = AnnotatedVideoSource(new_setup)
     (robot,) = source.embodiments
@@ -188,7 +218,7 @@ def test_frame_too_many_needs_a_policy(new_setup, tmp_path, capsys):
     assert meta["source"]["trimmed"]["to"] == 5
     assert meta["outcome"] == {"success": True}
     (contract,) = dataset.manifest.contracts
-    assert "the action is the state of the next frame" in contract.note
+    assert "the next frame's state (absolute) is the action" in contract.note
 
 
 def test_irasim_states(tmp_path, write_video):

@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from vidworld.config import digest
+from vidworld.config import digest, to_mapping
 from vidworld.contract import Dimension
 from vidworld.data.prepare import resample_actions
-from vidworld.data.sources.annotation_layouts import JOINTS, LAYOUTS, NEXT_STATE, Field, Layout
+from vidworld.data.sources.annotation_layouts import JOINTS, LAYOUTS, NEXT_STATE, Field, Layout, chosen
 from vidworld.data.sources.location import inside
+from vidworld.data.sources.log_facts import FACTS_FILE, LogFacts, read_facts
 from vidworld.data.sources.naming import natural, view_name
 from vidworld.data.sources.video_file import FPS_TOLERANCE, measured_fps, whole_video
-from vidworld.errors import DataError
+from vidworld.errors import ConfigError, DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
 
 ANNOTATION = "annotation"
@@ -40,18 +41,23 @@ class AnnotatedVideoSource:
     """One folder of mp4 files with a JSON an episode, or a folder of several such parts.
 
     Episode ids are `<part>-<split>-<name of the JSON>`, without what there is only one of: `val-199`. `fps`
-    overrides the rate.
+    overrides the rate. A `logs.yaml` may choose other fields of the JSON: `action: [action.joint_velocity]`.
     """
 
     def __init__(self, root: Path | str, *, fps: float | None = None) -> None:
         self.root = Path(root)
         self._fps = fps
         self._rate_of_headers = False
+        self._facts = read_facts(self.root)
+        if replace(self._facts, action=(), state=()) != LogFacts():
+            raise ConfigError(
+                "settings", where=self.root / FACTS_FILE, expected="action and state only, for mp4 + JSON"
+            )
         rates: dict[float, str] = {}
         views: dict[str, None] = {}
         self._specs: dict[str, EmbodimentSpec] = {}
         for folder in _folders(self.root):
-            path, record, layout = _first_readable(folder)
+            path, record, layout = _first_readable(folder, self._facts)
             videos = self._videos(path, record, layout)
             header = _header_fps(next(iter(videos.values())))
             declared = fps or _declared_fps(record, path) or layout.fps
@@ -99,7 +105,7 @@ class AnnotatedVideoSource:
         """Digest of the names and sizes of all JSON and video files."""
         files = sorted(path for path in self.root.rglob("*") if path.suffix in (".json", ".mp4"))
         facts = [[path.relative_to(self.root).as_posix(), path.stat().st_size] for path in files]
-        return digest([facts, self._fps])
+        return digest([facts, self._fps, to_mapping(self._facts)])
 
     def episode_ids(self) -> list[str]:
         """Every JSON, by the names of its part, its split and itself."""
@@ -111,14 +117,14 @@ class AnnotatedVideoSource:
             raise DataError(f"no episode {episode_id!r}", where=self.root)
         path = self._files[episode_id]
         record = _read_json(inside(self.root, self._relative(path), where=self.root))
-        layout = _layout_of(record, path)
+        layout = _layout_of(record, path, self._facts)
         spec = self._specs.get(layout.name)
         if spec is None:
             raise DataError(
                 f"fields as in {layout.name}", where=path, expected=f"as in {' or '.join(self._specs)}"
             )
         arrays = {field.key: _numbers(record, field, path) for field in layout.fields}
-        rows = len(arrays[layout.fields[0].key])
+        rows = math.ceil(len(arrays[layout.fields[0].key]) / layout.fields[0].every)
         _check_lengths(layout, arrays, rows, path)
         proprio = [arrays[field.key][:: field.every] for field in layout.proprio]
         proprio_TS = np.concatenate(proprio, axis=1) if proprio else np.zeros((rows, 0), np.float32)
@@ -210,13 +216,13 @@ def _json_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json"), key=lambda path: natural(path.stem))
 
 
-def _first_readable(folder: Path) -> tuple[Path, dict[str, Any], Layout]:
+def _first_readable(folder: Path, facts: LogFacts) -> tuple[Path, dict[str, Any], Layout]:
     """The first JSON of a folder that is whole, which tells what the others hold."""
     reasons = []
     for path in _json_files(folder):
         try:
             record = _read_json(path)
-            return path, record, _layout_of(record, path)
+            return path, record, _layout_of(record, path, facts)
         except DataError as error:
             reasons.append(error)
     raise reasons[0]
@@ -239,9 +245,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return record
 
 
-def _layout_of(record: Mapping[str, Any], path: Path) -> Layout:
-    for layout in LAYOUTS:
-        if all(field.key in record for field in layout.fields):
+def _layout_of(record: Mapping[str, Any], path: Path, facts: LogFacts) -> Layout:
+    for known in LAYOUTS:
+        if all(field.key in record for field in known.fields):
+            layout = chosen(known, facts.action, facts.state)
+            for field in layout.fields:
+                if field.key not in record:
+                    raise DataError(f"no field {field.key!r}", where=path, got=", ".join(map(str, record)))
             return layout
     raise DataError(
         "fields of the JSON",

@@ -1,6 +1,7 @@
 """What the numbers in the JSON files of `annotated_video` are: one row a layout, found by its fields."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from vidworld.contract import Dimension
 
@@ -11,7 +12,9 @@ _POSE = (
 _GRIPPER = Dimension("gripper", "1", "position")
 JOINTS = tuple(Dimension(f"joint_{index}", "rad", "position") for index in range(7))
 _EULER = "recorded as Euler angles (fixed axes x, y, z), which jump at +-pi"
-NEXT_STATE = "no actions in the logs: the action is the state of the next frame (absolute) unless mapped otherwise"
+NEXT_STATE = (
+    "no actions in the logs: the next frame's state (absolute) is the action, unless mapped otherwise"
+)
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,25 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout("IRASim, actions only", "unknown", proprio=(), action=(Field("actions"),)),
 )
+
+FIELDS = {field.key: field for layout in LAYOUTS for field in layout.fields} | {
+    "action.joint_position": Field("action.joint_position", JOINTS, every=3),
+    "action.joint_velocity": Field(
+        "action.joint_velocity",
+        tuple(Dimension(f"joint_{index}_vel", "rad/s", "velocity") for index in range(7)),
+        every=3,
+    ),
+}
+"""Fields that are known, by their keys: `logs.yaml` may choose among them."""
+
+
+def chosen(layout: Layout, action: Sequence[str], state: Sequence[str]) -> Layout:
+    """A layout with other fields for actions and proprioception; one without actions stays as it is."""
+    if not layout.action or not (action or state):
+        return layout
+    proprio = tuple(FIELDS.get(key, Field(key)) for key in state) or layout.proprio
+    if not action:
+        return replace(layout, proprio=proprio)
+    fields = tuple(FIELDS.get(key, Field(key)) for key in action)
+    note = f"actions chosen: {', '.join(action)}"
+    return replace(layout, proprio=proprio, action=fields, control_frame="unknown", note=note)
