@@ -33,21 +33,17 @@ def contract(tmp_path):
     return write
 
 
-POSE = """
-applies_to: droid_franka_next_state
-control_frame: base
-action_from: {ee_*: state_delta, gripper: next_state}
-proprio: {gripper: {invert: true}}
-proprio_keep: [ee_*, gripper]
-rotation: {dims: [ee_roll, ee_pitch, ee_yaw], from: euler_xyz, to: rot6d}
-"""
+def example() -> str:
+    """The YAML of docs/data-format.md."""
+    page = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
+    return page.split("```yaml\n")[1].split("```")[0]
 
 
 def test_poses_of_a_franka_as_rot6d_with_state_deltas(tmp_path, contract):
     source = logs("ctrl_world_droid/dataset_example/droid_new_setup")
     options = ConvertOptions(
         out=tmp_path / "d",
-        contract=contract(POSE),
+        contract=contract(example()),
         trim="shorter",
         size="32x16",
         views=("wrist",),

@@ -23,6 +23,7 @@ What is left out stays as the source says. `rotation` and what follows use the n
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -261,6 +262,15 @@ def _changes(
 
 
 def _change(dimension: Dimension, facts: Mapping[str, Any], where: str) -> Change:
+    for key in ("scale", "offset", "threshold"):
+        if not math.isfinite(facts.get(key) or 0):
+            raise ConfigError(
+                key, where=f"{dimension.name!r} of {where}", got=facts[key], expected="a number"
+            )
+    if facts.get("scale") == 0:
+        raise ConfigError(
+            "scale", where=f"{dimension.name!r} of {where}", got=0, expected="not 0: it erases all"
+        )
     labels = {key: facts[key] for key in ("name", "unit", "kind") if facts.get(key) is not None}
     described = dataclasses.replace(dimension, **labels)
     scale, units = facts.get("scale"), ""

@@ -56,6 +56,7 @@ class Source(Protocol):
         """Declared frames per second, and the rate of the converted dataset unless another is asked for.
 
         Episodes may have their own `Episode.fps`: it must be this or an integer multiple of the target rate.
+        0 when the logs do not say: the user must, and an `Episode.fps` of 0 has row numbers for timestamps.
         """
         ...
 
