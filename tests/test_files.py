@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vidworld.files import absolute, sha256_of, url_of, write_atomic
+from vidworld.files import anchored, sha256_of, url_of, write_atomic
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -50,10 +50,10 @@ def test_sha256(tmp_path):
 def test_urls_survive_pathlib(url):
     assert url_of(url) == url_of(Path(url)) == url_of(url + "/") == url
     assert url_of(Path(url) / "manifest.json") == f"{url}/manifest.json"
-    assert url_of(absolute(Path(url))) == url
+    assert url_of(anchored(Path(url))) == url
 
 
 @pytest.mark.parametrize("path", ["data", "/srv/s3", "a:b", "s3:", "c:/x", "-x://y", ""])
 def test_paths_are_no_urls(path):
     assert url_of(path) is None
-    assert absolute(Path(path)).is_absolute()
+    assert anchored(Path(path)).is_absolute()

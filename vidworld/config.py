@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vidworld.errors import ConfigError
+from vidworld.files import url_of
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ def _fields_of(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        return url_of(value) or str(value)
     raise TypeError(f"{type(value).__name__} does not belong in a config")
 
 

@@ -66,6 +66,6 @@ def url_of(location: Path | str) -> str | None:
     return f"{scheme}://{'/' if scheme in ('file', 'local') else ''}{rest}"
 
 
-def absolute(location: Path) -> Path:
+def anchored(location: Path) -> Path:
     """The same place named from any directory; URLs stay as they are."""
     return location if url_of(location) else location.absolute()

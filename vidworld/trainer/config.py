@@ -11,7 +11,7 @@ from vidworld.config import from_mapping, read_yaml
 from vidworld.data.loader import LoaderConfig
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
-from vidworld.files import url_of
+from vidworld.files import anchored
 from vidworld.model.dit import DiTConfig
 from vidworld.tokenizers.conv import ConvTokenizerConfig
 from vidworld.trainer.engine import EngineConfig
@@ -201,13 +201,9 @@ def read_training(path: Path) -> Training:
 def absolute(training: Training) -> Training:
     """The same settings with absolute paths, so that a saved run repeats itself from any directory."""
     paths = {
-        name: _absolute(value)
+        name: anchored(value)
         for name in ("data", "tokenizer", "latents", "init")
         if isinstance(value := getattr(training, name, None), Path)
     }
-    mix = tuple(dataclasses.replace(part, data=_absolute(part.data)) for part in training.mix)
+    mix = tuple(dataclasses.replace(part, data=anchored(part.data)) for part in training.mix)
     return dataclasses.replace(training, mix=mix, **paths)
-
-
-def _absolute(path: Path) -> Path:
-    return path if url_of(path) else path.absolute()
