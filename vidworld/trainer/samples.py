@@ -126,7 +126,7 @@ class FaithfulnessAlarm:
         device = next(task.parameters()).device
         sums: dict[str, float] = {}
         for number, batch in enumerate(batches):
-            batch = batch.to(device)
+            batch = task.widened(batch.to(device))
             with self.autocast():
                 found = action_faithfulness(
                     task.net,

@@ -6,11 +6,12 @@ A action dims, S proprio dims, k actions per latent frame, M target streams, X n
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidworld.diffusion.objective import (
@@ -138,15 +139,35 @@ class WorldTask(Task[CausalDiT]):
 
     def clean(self, batch: Batch) -> Frames:
         """Normalised frames of a batch of latents: one row of proprioception a latent frame."""
+        batch = self.widened(batch)
+        proprio_BTS = batch.proprio_BTS[:, :: self.net.shape.actions_per_frame]
+        clean = Frames(
+            self._latents(batch).float(), self.normalizer.proprio(proprio_BTS.float(), batch.embodiment_B)
+        )
+        return self.unpadded(clean, batch)
+
+    def widened(self, batch: Batch) -> Batch:
+        """The same clips padded for a model that also knows wider robots than are in the data."""
+        shape, latents_BTVChw = self.net.shape, self._latents(batch)
+        _, _, views, _, height, width = latents_BTVChw.shape
+        sides = (0, shape.width - width, 0, shape.height - height, 0, 0, 0, shape.views - views)
+        actions = shape.action_dims - batch.actions_BTA.shape[-1]
+        proprio = shape.proprio_dims - batch.proprio_BTS.shape[-1]
+        if not (any(sides) or actions or proprio):
+            return batch
+        return replace(
+            batch,
+            latents_BTVChw=F.pad(latents_BTVChw, sides),
+            actions_BTA=F.pad(batch.actions_BTA, (0, actions)),
+            proprio_BTS=F.pad(batch.proprio_BTS, (0, proprio)),
+        )
+
+    def _latents(self, batch: Batch) -> Tensor:
         if batch.latents_BTVChw is None:
             raise DataError(
                 "batch to train a world on", got="video", expected="latents", fix="encode it first"
             )
-        proprio_BTS = batch.proprio_BTS[:, :: self.net.shape.actions_per_frame]
-        clean = Frames(
-            batch.latents_BTVChw.float(), self.normalizer.proprio(proprio_BTS.float(), batch.embodiment_B)
-        )
-        return self.unpadded(clean, batch)
+        return batch.latents_BTVChw
 
     def unpadded(self, frames: Frames, batch: Batch) -> Frames:
         """The same frames with zeros for all latents that are padding, whatever stood there."""
@@ -163,6 +184,7 @@ class WorldTask(Task[CausalDiT]):
 
     def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
         """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""
+        batch = self.widened(batch)
         actions_BTA = self.normalizer.actions(batch.actions_BTA.float(), batch.embodiment_B)
         actions_BTkA, keep_BT = chunk_actions(actions_BTA, self.net.shape.actions_per_frame)
         keep_BT = keep_BT & (_uniform(keep_BT.shape, generator, keep_BT.device) >= self.action_dropout)
