@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 from vidworld.cli import run
+from vidworld.contract import Dimension
+from vidworld.data.contract_file import read_contracts
 from vidworld.data.manifest import Manifest
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.describe import UndescribedFolderError
 from vidworld.data.sources.detect import open_source
 from vidworld.data.sources.folder import FolderSource
 from vidworld.errors import ConfigError, DataError
+from vidworld.types import EmbodimentSpec
 
 LENGTHS = {"run_2": 5, "run_10": 7, "run_3": 4}
 SIZE = ("--size", "64x48", "--workers", "1")
@@ -397,14 +401,14 @@ def test_a_description_is_written_for_any_usual_layout(tmp_path, write_video, vi
     source = open_source(root)
     assert source.episode_ids() == ["run_2", "run_3", "run_10"]
     assert source.views == (("front", "wrist") if "view" in videos else ("camera",))
+    reads = {episode: source.read(episode) for episode in LENGTHS}
     for episode, length in LENGTHS.items():
-        read = source.read(episode)
-        assert len(read) == length
-        assert {video.num_frames for video in read.views.values()} == {length}
+        assert len(reads[episode]) == length
+        assert {video.num_frames for video in reads[episode].views.values()} == {length}
     names = [d.name for d in source.embodiments[0].action]
     assert names == (["0"] if rows.endswith("npy") else ["cmd_a", "cmd_b"])
     if not rows.endswith("npy"):
-        assert read.timestamps_T[0] == 100
+        assert reads["run_2"].timestamps_T[0] == 100
 
 
 def test_videos_alone(tmp_path, write_video):
@@ -437,3 +441,43 @@ def test_names_with_brackets_are_taken_literally(tmp_path, write_video):
     source = open_source(tmp_path)
     assert source.episode_ids() == ["run[1]"]
     assert json.dumps(source.read("run[1]").source)
+
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PAGE = REPOSITORY / "docs" / "bring-your-own-data.md"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def test_the_recipe_of_the_card_does_what_it_says(tmp_path, monkeypatch, capsys):
+    """As written: the toy folder, the description that the page shows, and what the command prints."""
+    monkeypatch.chdir(tmp_path)
+    card = REPOSITORY / "datasets" / "folder.md"
+    (script,) = blocks(card, "python")
+    exec(compile(script, card, "exec"), {})
+    assert run(["shard", "my_logs", "--out", "data/mine"]) == 2
+    printed = capsys.readouterr().err
+    (console,) = blocks(PAGE, "console")
+    assert printed == console.partition("\n")[2]
+    Path("my_logs/vidworld.yaml").write_text(printed.partition("\n\n")[2])
+    assert run(["shard", "my_logs", "--out", "data/mine", "--size", "96x96", "--workers", "1"]) == 0
+    said = re.findall(r"prints `([^`]*)`", card.read_text())
+    assert capsys.readouterr().out.startswith(said[0])
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (script,) = blocks(PAGE, "python")
+    with pytest.warns(UserWarning, match="action wheel never changes"):
+        exec(compile(script, PAGE, "exec"), {})
+    assert len(Manifest.read(Path("data/mine")).samples()) == 2
+    (contract,) = blocks(PAGE, "yaml")
+    Path("robot.yaml").write_text(contract)
+    spec = EmbodimentSpec("log", 10, (Dimension("joint_0"), Dimension("gripper")), (Dimension("joint_0"),))
+    described = read_contracts([Path("robot.yaml")], [spec])["log"].spec
+    assert [(d.name, d.unit, d.kind) for d in described.action] == [
+        ("joint_0", "rad", "position"),
+        ("gripper", "1", "binary"),
+    ]

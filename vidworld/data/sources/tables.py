@@ -4,6 +4,7 @@ Cells must be numbers: `nan` and `inf` are read, and the converter then refuses 
 """
 
 import csv
+import re
 import tokenize
 import zipfile
 import zlib
@@ -108,16 +109,8 @@ def _check_header(header: list[str], path: Path, delimiter: str) -> None:
             expected=f"cells between {delimiter!r}",
             fix=f"say delimiter: {other!r} in the description",
         )
-    if header and all(_is_number(cell) for cell in header):
+    if header and all(re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", cell, re.IGNORECASE) for cell in header):
         raise DataError("first line of the csv", where=path, got="numbers", expected="names of the columns")
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _number(cell: str, column: str, row: int, path: Path) -> float:
