@@ -369,6 +369,28 @@ def test_av1_where_there_is_an_encoder(shards, tmp_path):
     assert found["info"]["features"]["observation.images.top"]["info"]["video.codec"] == "av1"
 
 
+@pytest.mark.slow
+def test_real_pictures_lose_little(tmp_path):
+    """A CR5 arm: every frame over 35 dB, every number as recorded, jittered clock included."""
+    logs = Path(__file__).resolve().parents[3] / "shared/data/cr5_banana_lerobot_v21"
+    if not logs.is_dir():
+        pytest.skip("no real dataset here")
+    source = LeRobotSource(logs)
+    convert(source, ConvertOptions(out=tmp_path / "shards", size="128x96", max_episodes=3, workers=1))
+    assert run(tmp_path / "shards", tmp_path / "out") == 0
+    open_as_official(tmp_path / "out")
+    exported, dataset = LeRobotSource(tmp_path / "out"), ShardDataset.open(tmp_path / "shards")
+    samples = [sample for split in SPLITS for sample in dataset.manifest.samples(split)]
+    for name, sample in zip(exported.episode_ids(), samples, strict=True):
+        read, true = exported.read(name), source.read(sample.episode_id)
+        assert read.timestamps_T.tobytes() == true.timestamps_T.tobytes()
+        assert read.actions_TA.tobytes() == true.actions_TA.tobytes()
+        video = dataset.read(sample.key).video
+        assert video is not None
+        error = (np.stack(list(read.views["top"].frames())).astype(float) - video["top"]) ** 2
+        assert (10 * np.log10(255**2 / error.mean((1, 2, 3)))).min() > 35
+
+
 # What is refused
 
 

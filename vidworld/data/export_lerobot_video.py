@@ -26,11 +26,11 @@ _OPTIONS = {
         "crf": "16",
         "g": "2",
         "bf": "0",
-        "preset": "medium",
+        "preset": "fast",
         # Lookahead that depends on timing off, so that bytes repeat.
         "x264-params": "mbtree=0:rc-lookahead=0:weightp=0:scenecut=0",
     },
-    "av1": {"crf": "20", "g": "2", "preset": "8", "svtav1-params": "lp=1:pred-struct=1:scd=0"},
+    "av1": {"crf": "18", "g": "2", "preset": "8", "svtav1-params": "lp=1:pred-struct=1:scd=0"},
 }
 
 
