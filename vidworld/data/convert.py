@@ -38,7 +38,7 @@ class Options(ConvertOptions):
     """Turn robot logs into WebDataset shards."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of the logs: a LeRobot dataset (v2.0, v2.1, v3.0)."""
+    """Folder or file of the logs: LeRobot, RLDS, HDF5, mp4 + JSON, or videos and tables of your own."""
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
