@@ -8,6 +8,7 @@ from vidworld.data.sources.annotated_video import AnnotatedVideoSource
 from vidworld.data.sources.base import Source
 from vidworld.data.sources.describe import undescribed
 from vidworld.data.sources.folder import FolderSource
+from vidworld.data.sources.hdf5 import Hdf5Source
 from vidworld.data.sources.lerobot import LeRobotSource
 from vidworld.data.sources.rlds import RldsSource
 from vidworld.errors import DataError
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     Format("mp4 + JSON (annotation/*/*.json)", AnnotatedVideoSource.detects, AnnotatedVideoSource),
     Format("RLDS / Open X-Embodiment (dataset_info.json, features.json)", RldsSource.detects, RldsSource),
     Format("a folder of videos and tables (vidworld.yaml)", FolderSource.detects, FolderSource),
+    Format("HDF5 of robomimic, LIBERO, ALOHA, RoboMIND (*.hdf5)", Hdf5Source.detects, Hdf5Source),
 )
 
 

@@ -62,12 +62,6 @@ def read_facts(folder: Path) -> LogFacts:
     return from_yaml(LogFacts, path) if path.is_file() else LogFacts()
 
 
-def facts_text(folder: Path) -> str:
-    """The contents of `logs.yaml`, for a source's fingerprint."""
-    path = folder / FACTS_FILE
-    return path.read_text() if path.is_file() else ""
-
-
 def wanted_views(views: Sequence[str], facts: LogFacts, where: Path) -> tuple[str, ...]:
     """Those cameras that `logs.yaml` asks for. Raises ConfigError for one that is not there."""
     for view in facts.views:

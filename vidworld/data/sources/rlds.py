@@ -25,12 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from vidworld.config import digest
+from vidworld.config import digest, to_mapping
 from vidworld.contract import Dimension
 from vidworld.data.sources.log_facts import (
     LogFacts,
     dimensions_of,
-    facts_text,
     read_facts,
     wanted_views,
 )
@@ -121,7 +120,7 @@ class RldsSource:
         sizes = [
             [path.name, path.stat().st_size] for path in (self.root / FEATURES, self.root / INFO, *files)
         ]
-        return digest([*sizes, facts_text(self.root), self._fps])
+        return digest([*sizes, to_mapping(self._facts), self._fps])
 
     def episode_ids(self) -> list[str]:
         """Every episode that the files here should hold; they are opened only if their counts are unknown."""
