@@ -21,7 +21,7 @@ class Command:
 COMMANDS = {
     "shard": Command("vidworld.data.convert:main", "turn robot logs into WebDataset shards"),
     "edit": Command("vidworld.data.edit:main", "merge, split, filter or re-encode datasets"),
-    "inspect": Command("vidworld.data.inspect:main", "say what a dataset holds"),
+    "inspect": Command("vidworld.data.inspect:main", "say what a dataset holds and what looks wrong in it"),
     "export-dataset": Command(
         "vidworld.data.export_lerobot:main", "write a dataset as LeRobot v3.0, for other tools"
     ),

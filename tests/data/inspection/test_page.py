@@ -170,7 +170,10 @@ def test_latents(latents_dir, tmp_path, stride, capsys):
     path = tmp_path / "page.html"
     assert run(["inspect", str(latents_dir), "--html", str(path)]) == 0
     tags = Tags(path.read_text())
-    assert "first three channels" in " ".join(tags.text)
+    text = " ".join(tags.text)
+    assert "first three channels" in text
+    assert "22 detectors found nothing" in text, "darkness and sameness of pictures were not judged"
+    assert "follow an action to judge its timing" in text
     assert tags.tags.count("img") == 1
     dataset = ShardDataset.open(latents_dir)
     looks = read(dataset, choose(dataset.manifest, 3)).looks

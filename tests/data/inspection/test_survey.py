@@ -7,7 +7,7 @@ from vidworld.contract import Statistics
 from vidworld.data.inspection.figures import MAX_POINTS, thinned
 from vidworld.data.inspection.finding import Finding, named
 from vidworld.data.inspection.lag import MAX_LAG, action_curve, find_pairs, video_curve
-from vidworld.data.inspection.survey import MAX_FRAMES, MAX_PICTURED, choose, look_at, read
+from vidworld.data.inspection.survey import choose, look_at, read
 from vidworld.data.manifest import Manifest, Sample, Shard
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import DataError
@@ -92,7 +92,8 @@ def test_long_episodes_are_read_in_part_and_few_are_pictured(clean_dir, monkeypa
     looks = read(dataset, choose(dataset.manifest, 10), workers=1).looks
     assert {(look.start, len(look.actions_TA)) for look in looks} == {(10, 20)}
     assert sum(bool(look.views["top"].thumbnails) for look in looks) == 5  # 2, and 4 of every embodiment
-    assert (MAX_FRAMES, MAX_PICTURED) == (512, 24)
+    monkeypatch.setattr("vidworld.data.inspection.survey.MAX_BYTES", 15 * 3 * 32 * 32)
+    assert {len(look.actions_TA) for look in read(dataset, choose(dataset.manifest, 2)).looks} == {15}
 
 
 def test_damage_is_named(clean_dir, tmp_path):

@@ -25,7 +25,7 @@ def constant(survey: Survey) -> Iterator[Finding]:
             ]
             where = f"embodiment {contract.embodiment!r}"
             for dimension, value in still:
-                if _is_gripper(dimension):
+                if is_gripper(dimension):
                     yield Finding(
                         "gripper",
                         f"the gripper ({role} {dimension.name!r}) never moves",
@@ -34,7 +34,7 @@ def constant(survey: Survey) -> Iterator[Finding]:
                         "it opens and closes",
                         "check that the right field is read, and map the one that holds the gripper",
                     )
-            rest = [f"{d.name!r} = {value:g}" for d, value in still if not _is_gripper(d)]
+            rest = [f"{d.name!r} = {value:g}" for d, value in still if not is_gripper(d)]
             if rest:
                 yield Finding(
                     "constant",
@@ -48,24 +48,19 @@ def constant(survey: Survey) -> Iterator[Finding]:
 
 def hardly(survey: Survey) -> Iterator[Finding]:
     """Dimensions that rest nearly always and move far in a few frames."""
-    for contract in survey.manifest.contracts:
-        for role, dimensions, statistics in (
-            ("action", contract.action, contract.action_statistics),
-            ("proprio", contract.proprio, contract.proprio_statistics),
-        ):
-            for index, dimension in enumerate(dimensions):
-                share = _share(statistics, index)
-                if dimension.kind != "binary" and share is not None and share < HARDLY:
-                    low, high = statistics.q01[index], statistics.q99[index]
-                    ends = f"{statistics.minimum[index]:.3g} to {statistics.maximum[index]:.3g}"
-                    yield Finding(
-                        "hardly moves",
-                        f"{role} {dimension.name!r} hardly ever moves",
-                        f"embodiment {contract.embodiment!r}",
-                        f"98 % within {low:.2g} to {high:.2g} {dimension.unit}, extremes {ends}",
-                        f"at least {HARDLY:.0%} of the range in regular use",
-                        "expect little control over it; extremes of a few frames may be glitches of the log",
-                    )
+    for contract, role, index, dimension, statistics in survey.dimensions():
+        share = _share(statistics, index)
+        if dimension.kind != "binary" and share is not None and share < HARDLY:
+            low, high = statistics.q01[index], statistics.q99[index]
+            ends = f"{statistics.minimum[index]:.3g} to {statistics.maximum[index]:.3g}"
+            yield Finding(
+                "hardly moves",
+                f"{role} {dimension.name!r} hardly ever moves",
+                f"embodiment {contract.embodiment!r}",
+                f"98 % within {low:.2g} to {high:.2g} {dimension.unit}, extremes {ends}",
+                f"at least {HARDLY:.0%} of the range in regular use",
+                "expect little control over it; extremes of a few frames may be glitches of the log",
+            )
 
 
 def _share(statistics: Statistics, index: int) -> float | None:
@@ -73,5 +68,6 @@ def _share(statistics: Statistics, index: int) -> float | None:
     return (statistics.q99[index] - statistics.q01[index]) / full if full > 0 else None
 
 
-def _is_gripper(dimension: Dimension) -> bool:
+def is_gripper(dimension: Dimension) -> bool:
+    """Whether a dimension is named like one."""
     return any(word in dimension.name.lower() for word in ("grip", "finger", "claw"))

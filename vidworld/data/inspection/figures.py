@@ -133,7 +133,7 @@ def draw_lengths(frames: Sequence[int], fps: float) -> Figure:
     return figure
 
 
-def draw_lags(actions: Curve | None, videos: dict[str, Curve], fps: float) -> Figure | None:
+def draw_lags(actions: Curve | None, videos: dict[str, Curve]) -> Figure | None:
     """Correlation by lag, of actions with motion and of pictures with motion; None if neither is known."""
     panels = []
     if actions is not None:

@@ -227,16 +227,24 @@ def _lags(report: Report, contract: ActionContract, looks: Sequence[Look], surve
         for view in survey.manifest.views
         if (found := video_curve(survey, looks, view)) is not None
     }
-    figure = draw_lags(curve, videos, contract.rate_hz)
-    if figure is None:
+    if not looks:
         return
     report.heading("Timing")
+    if curve is None:
+        report.text("Too few numbers of proprioception or episodes follow an action to judge its timing.")
+    if not videos:
+        report.text("Too few episodes in which picture and robot move to judge the timing of the video.")
+    figure = draw_lags(curve, videos)
+    if figure is None:
+        return
     drives = "; ".join(
         f"{contract.action[p.action].name} drives {contract.proprio[p.proprio].name} ({p.correlation:.2f})"
         for p in pairs[:12]
     )
     report.figure(
-        figure, "Mean over episodes. A peak beside 0 is a shift." + (f" {drives}." if drives else "")
+        figure,
+        "Mean over episodes. A clear peak beside 0 is a shift; correlations below 0.25 say little."
+        + (f" {drives}." if drives else ""),
     )
 
 

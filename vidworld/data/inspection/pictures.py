@@ -52,7 +52,9 @@ def dark(survey: Survey) -> Iterator[Finding]:
                 ),
                 f"mean brightness {level:.1f} of 255",
                 "a picture",
-                "leave the camera out with --views, or these episodes if only some are",
+                "leave these episodes out"
+                if len(found) < len(looks)
+                else "leave the camera out with --views",
             )
 
 

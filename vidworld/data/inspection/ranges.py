@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.data.inspection.constant import is_gripper
 from vidworld.data.inspection.finding import Finding, named
 from vidworld.data.inspection.survey import Survey
 
@@ -28,7 +28,7 @@ NORMALISED_DIMS = 3
 
 def units(survey: Survey) -> Iterator[Finding]:
     """Values too large for the declared unit."""
-    for contract, role, index, dimension, statistics in _dimensions(survey):
+    for contract, role, index, dimension, statistics in survey.dimensions():
         limit = LIMITS.get((dimension.unit, dimension.kind))
         reach = max(abs(statistics.q01[index]), abs(statistics.q99[index]))
         if limit is not None and reach > limit:
@@ -44,7 +44,7 @@ def units(survey: Survey) -> Iterator[Finding]:
 
 def binary(survey: Survey) -> Iterator[Finding]:
     """A binary number beyond 0 and 1."""
-    for contract, role, index, dimension, statistics in _dimensions(survey):
+    for contract, role, index, dimension, statistics in survey.dimensions():
         low, high = statistics.minimum[index], statistics.maximum[index]
         if dimension.kind == "binary" and (low < -BINARY_SLACK or high > 1 + BINARY_SLACK):
             yield Finding(
@@ -96,8 +96,7 @@ def saturated(survey: Survey) -> Iterator[Finding]:
                 for bound in (low_D[index], high_D[index]):
                     share = float((values_TD[:, index] == bound).mean())
                     # A gripper rests at its ends, and a command rests at 0.
-                    gripper = "grip" in dimension.name.lower() or "finger" in dimension.name.lower()
-                    if share > SATURATED and bound != 0 and not gripper:
+                    if share > SATURATED and bound != 0 and not is_gripper(dimension):
                         yield Finding(
                             "saturated",
                             f"{role} {dimension.name!r} sits at its limit",
@@ -146,11 +145,3 @@ def not_finite(survey: Survey) -> Iterator[Finding]:
             "finite numbers",
             "leave these episodes out, or convert again with vidworld shard, which refuses them",
         )
-
-
-def _dimensions(survey: Survey) -> Iterator[tuple[ActionContract, str, int, Dimension, Statistics]]:
-    for contract in survey.manifest.contracts:
-        for index, dimension in enumerate(contract.action):
-            yield contract, "action", index, dimension, contract.action_statistics
-        for index, dimension in enumerate(contract.proprio):
-            yield contract, "proprio", index, dimension, contract.proprio_statistics

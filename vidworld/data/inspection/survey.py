@@ -3,7 +3,6 @@
 Shapes: T frames, A action dims, S proprio dims, H W pixels.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from vidworld.contract import ActionContract, Dimension
+from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.manifest import Manifest, Sample
+from vidworld.data.pool import num_cores
 from vidworld.data.shards import EpisodeArrays, ShardDataset
 
-MAX_FRAMES = 512
-"""Frames read of one episode at most: enough for every detector, and it bounds time and memory."""
+MAX_FRAMES, MAX_BYTES = 512, 128 << 20
+"""Frames read of one episode at most, and bytes of its pictures: enough for every detector, and it bounds time
+and memory."""
 THUMBNAILS = 8
 MAX_PICTURED = 24
 """Thumbnails kept of an episode, and episodes of which they are kept."""
@@ -80,6 +81,14 @@ class Survey:
         yield "action", contract.action, [(look, look.actions_TA) for look in looks]
         yield "proprio", contract.proprio, [(look, look.proprio_TS) for look in looks]
 
+    def dimensions(self) -> Iterator[tuple[ActionContract, str, int, Dimension, Statistics]]:
+        """(contract, "action" or "proprio", index, dimension, statistics of its role) of every dimension."""
+        for contract in self.manifest.contracts:
+            for index, dimension in enumerate(contract.action):
+                yield contract, "action", index, dimension, contract.action_statistics
+            for index, dimension in enumerate(contract.proprio):
+                yield contract, "proprio", index, dimension, contract.proprio_statistics
+
 
 def choose(manifest: Manifest, count: int, seed: int = 0) -> list[str]:
     """Keys of at most `count` episodes, as many of each embodiment as of others, in shard order.
@@ -109,7 +118,7 @@ def read(dataset: ShardDataset, keys: list[str], *, workers: int | None = None) 
     for embodiment in {dataset.sample(key).embodiment for key in keys}:
         pictured.update([key for key in keys if dataset.sample(key).embodiment == embodiment][:4])
     one = partial(_look, dataset, split, pictured)
-    workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    workers = workers or min(8, num_cores())
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(keys), unit="episode", desc="reading", disable=None) as bar,
@@ -127,9 +136,11 @@ def read(dataset: ShardDataset, keys: list[str], *, workers: int | None = None) 
 
 def _look(dataset: ShardDataset, split: dict[str, str], pictured: set[str], key: str) -> Look:
     sample = dataset.sample(key)
-    tokenizer = dataset.manifest.tokenizer or {}
+    manifest, tokenizer = dataset.manifest, dataset.manifest.tokenizer or {}
     stride = int(tokenizer.get("time_stride", 1))
-    length = 1 + (min(sample.frames, MAX_FRAMES) - 1) // stride * stride
+    decoded = 3 * manifest.width * manifest.height * len(manifest.views)
+    most = min(sample.frames, MAX_FRAMES, max(2, MAX_BYTES // decoded))
+    length = 1 + (most - 1) // stride * stride
     start = (sample.frames - length) // 2 // stride * stride
     episode = dataset.read_clip(key, start, length)
     keep = key in pictured
