@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from vidworld import __version__
 from vidworld.config import parse
 from vidworld.contract import ActionContract
 from vidworld.output import output_directory
+from vidworld.tokenizers.store import copy_tokenizer, has_weights
 from vidworld.world.load import Files, find, load
 from vidworld.world.world import WorldModel
 
@@ -27,7 +27,8 @@ class Options:
     """Pack a run into a small folder to share.
 
     It holds world.json, tokenizer/, model.safetensors (the averaged weights), a manifest with checksums and a
-    README, no pickle and no code. `vidworld.load(folder)` opens it.
+    README, no pickle and no code. `vidworld.load(folder)` opens it. A pretrained tokenizer goes along as the
+    path and digest of its weights, or whole.
     """
 
     run: tyro.conf.Positional[Path]
@@ -37,6 +38,8 @@ class Options:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """fp32 repeats the run's numbers exactly. bf16 is half the size and rounds weights by up to 0.4 %, as
     a GPU does anyway when it multiplies."""
+    with_tokenizer: bool = False
+    """Copy the weights of a pretrained tokenizer too; mind their license. Our own always go along."""
     overwrite: bool = False
     """Replace an earlier export in --out."""
 
@@ -45,11 +48,19 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld export`."""
     options = parse(Options, arguments, prog=prog)
     with output_directory(options.out, WEIGHTS, overwrite=options.overwrite) as folder:
-        size = export(options.run, folder, options.dtype)
+        size = export(options.run, folder, options.dtype, with_tokenizer=options.with_tokenizer)
+        whole = has_weights(folder / "tokenizer")
     print(f'{options.out}: {size / 2**20:.1f} MiB. Open it with vidworld.load("{options.out}")')
+    if not whole:
+        print(
+            "It needs the weights of its pretrained tokenizer where they are now; "
+            "--with-tokenizer brings them along"
+        )
 
 
-def export(run: Path, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> int:
+def export(
+    run: Path, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32", *, with_tokenizer: bool = False
+) -> int:
     """Write an export into an empty folder; returns its bytes. Raises CheckpointError as `load` does."""
     files = find(run)
     world = load(run, "cpu")
@@ -61,10 +72,7 @@ def export(run: Path, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> 
     # One entry only: safetensors writes several in an order that changes from run to run.
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     world.spec.write(folder)
-    (folder / "tokenizer").mkdir()
-    for path in sorted(files.tokenizer.iterdir()):
-        if path.suffix in (".json", ".safetensors"):
-            shutil.copyfile(path, folder / "tokenizer" / path.name)
+    copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
     (folder / "README.md").write_text(model_card(world, files, dtype))
     listed = {
         str(path.relative_to(folder)): {

@@ -35,6 +35,10 @@ class Recording:
     actions_TA: np.ndarray
     """`actions_TA[t]` leads to `frames_TVHWC[t]`."""
 
+    def first(self, frames: int) -> "Recording":
+        """The first frames of it."""
+        return Recording(self.frames_TVHWC[:frames], self.proprio_TS[:frames], self.actions_TA[:frames])
+
 
 @dataclass(frozen=True)
 class Grounding:
@@ -46,6 +50,11 @@ class Grounding:
     source: dict[str, Any]
     """Plain JSON that finds it again."""
     recording: Recording | None = None
+
+
+def default_context(frames_per_step: int) -> int:
+    """Frames of a prompt if nobody says otherwise: about `DEFAULT_CONTEXT`, and whole latent frames."""
+    return 1 + -(-(DEFAULT_CONTEXT - 1) // frames_per_step) * frames_per_step
 
 
 def ground_episode(
@@ -140,7 +149,10 @@ def ground_files(
             raise ConfigError("--context of a picture", got=context, expected=1)
         views = [media.read_image(path)[None] for path in paths]
     else:
-        views = [_read_context(path, spec, context or DEFAULT_CONTEXT, start) for path in paths]
+        views = [
+            _read_context(path, spec, context or default_context(spec.frames_per_step), start)
+            for path in paths
+        ]
     if resize:
         views = [media.fit(view, width=spec.width, height=spec.height) for view in views]
     sizes = sorted({f"{view.shape[1]}x{view.shape[2]}" for view in views})

@@ -26,11 +26,11 @@ from vidworld.errors import ConfigError
 from vidworld.evaluation import commands, dreams
 from vidworld.evaluation.commands import Commands
 from vidworld.evaluation.grounding import (
-    DEFAULT_CONTEXT,
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     Grounding,
     Recording,
+    default_context,
     find_sample,
     ground_episode,
     ground_files,
@@ -69,7 +69,7 @@ class Options:
     actions: str = ""
     """Default: `episode` for an episode, else `sweep`."""
     context: int | None = None
-    """Frames of the prompt (default 4, or 1 for a picture)."""
+    """Frames of the prompt (default 4, or 1 for a picture; with a time stride, whole latent frames)."""
     start: int = 0
     """First frame of the prompt within its episode or video."""
     frames: int | None = None
@@ -142,11 +142,13 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
             actions.actions_TA,
             sampler=sampler,
             allow_out_of_range=options.allow_out_of_range,
-            progress=bar.update,
+            progress=lambda: bar.update(world.spec.frames_per_step),
         )
         video_NTVHWC = _numpy(imagined.video_BTVHWC)
     seconds = time.perf_counter() - began
-    truth = grounding.recording if actions.source == "episode" else None
+    truth = None
+    if actions.source == "episode" and grounding.recording is not None:
+        truth = grounding.recording.first(len(actions.actions_TA))
     _write_videos(folder, world.spec, grounding, actions, video_NTVHWC, truth)
     _write_proprio(folder, world.spec, grounding, imagined, truth)
     np.save(folder / "actions.npy", actions.actions_TA)
@@ -194,7 +196,7 @@ def _episode(options: Options, name: str, spec: WorldSpec, *, needs_frames: bool
         ShardDataset.open(options.data),
         name,
         spec,
-        context=DEFAULT_CONTEXT if options.context is None else options.context,
+        context=default_context(spec.frames_per_step) if options.context is None else options.context,
         start=options.start,
         frames=options.frames if needs_frames else None,
         at_most=DEFAULT_FRAMES,
@@ -237,7 +239,8 @@ def _actions(options: Options, grounding: Grounding, spec: WorldSpec) -> Command
             found = Commands(recording.actions_TA, source)
         case _:
             found, most = commands.from_file(Path(options.actions), grounding.contract), DEFAULT_FRAMES
-    found = found.first(options.frames, at_most=most)
+    whole = min(most, len(found.actions_TA)) // spec.frames_per_step * spec.frames_per_step
+    found = found.first(options.frames, at_most=max(whole, 1))
     grounding.contract.check_actions(
         found.actions_TA, where=found.source, allow_out_of_range=options.allow_out_of_range
     )
@@ -300,7 +303,8 @@ def _write_proprio(
     """proprio.npz and proprio.png: predicted proprioception in its units, beside the recorded one."""
     dimensions = grounding.contract.proprio
     predicted_NTS = _numpy(imagined.proprio_BTS)[..., : len(dimensions)].astype(np.float32)
-    time_T = np.arange(1, predicted_NTS.shape[1] + 1) * spec.frames_per_step / spec.fps
+    k = spec.frames_per_step
+    time_T = np.arange(1, predicted_NTS.shape[1] + 1) * k / spec.fps
     arrays = {
         "predicted_NTS": predicted_NTS,
         "time_s": time_T,
@@ -308,14 +312,14 @@ def _write_proprio(
         "units": np.array([dimension.unit for dimension in dimensions]),
     }
     if truth is not None:
-        arrays["recorded_TS"] = truth.proprio_TS
+        arrays["recorded_TS"] = truth.proprio_TS[k - 1 :: k]
     np.savez(folder / "proprio.npz", **arrays)
     panels = []
     for index, dimension in enumerate(dimensions):
         values_NT = predicted_NTS[:, :, index]
         lines = [plots.Line("imagined, mean", time_T, values_NT.mean(0), values_NT.min(0), values_NT.max(0))]
         if truth is not None:
-            lines.append(plots.Line("recorded", time_T, truth.proprio_TS[:, index]))
+            lines.append(plots.Line("recorded", time_T, truth.proprio_TS[k - 1 :: k, index]))
         unit = "" if dimension.unit in ("1", "unknown") else f" [{dimension.unit}]"
         panels.append(plots.Panel(tuple(lines), dimension.name, "time [s]", f"value{unit}"))
     if panels:

@@ -12,7 +12,13 @@ import numpy as np
 from vidworld.data.manifest import Sample
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
-from vidworld.evaluation.grounding import DEFAULT_CONTEXT, Grounding, ground_episode, require_same_robot
+from vidworld.evaluation.grounding import (
+    DEFAULT_CONTEXT,
+    Grounding,
+    default_context,
+    ground_episode,
+    require_same_robot,
+)
 from vidworld.world.spec import SamplerConfig, WorldSpec
 
 WRONG = ("shuffled", "mean", "late")
@@ -140,6 +146,7 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
             "--context and --frames",
             got=f"{settings.context} and {settings.frames}",
             expected=f"1 more than a multiple of {k}, and a multiple of {k} (the tokenizer's time stride)",
+            fix=f"pass --context {default_context(k)} --frames {max(1, settings.frames // k) * k}",
         )
     samples = dataset.manifest.samples(settings.split)
     if not samples:

@@ -108,26 +108,31 @@ def load_tokenizer(directory: Path | str, *, dtype: DType = "float32") -> Tokeni
     return tokenizer.eval().requires_grad_(False)
 
 
-def copy_tokenizer(folder: Path, out: Path, *, with_weights: bool) -> bool:
-    """Copy a tokenizer's folder into an empty one; returns whether its weights came along.
+def has_weights(folder: Path) -> bool:
+    """Whether a tokenizer's folder holds its weights, rather than the path of a pretrained one's."""
+    description = _read_description(folder)
+    return description.get("kind") != "pretrained" or not Path(str(description.get("path"))).is_absolute()
 
-    Those of our own always do. Those of a pretrained one do `with_weights`, or where they lay in the folder.
+
+def copy_tokenizer(folder: Path, out: Path, *, with_weights: bool) -> None:
+    """Copy a tokenizer's folder into an empty one.
+
+    Weights of our own always come along. Those of a pretrained one do `with_weights`, or where they lie in
+    the folder.
     """
     description = _read_description(folder)
     out.mkdir(parents=True, exist_ok=True)
     if description.get("kind") != "pretrained":
         for name in (WEIGHTS, DESCRIPTION):
             shutil.copyfile(folder / name, out / name)
-        return True
+        return
     source = _weights_folder(folder, description)
-    inside = not Path(str(description.get("path"))).is_absolute()
-    if with_weights or inside:
+    if with_weights or has_weights(folder):
         (out / COPY).mkdir()
         for path in [source / CONFIG, *weight_files(source), *source.glob(INDEX)]:
             shutil.copyfile(path, out / COPY / path.name)
         description["path"] = COPY
     _write_description(out, description)
-    return with_weights or inside
 
 
 def _load_pretrained(folder: Path, description: Mapping[str, Any]) -> PretrainedTokenizer:
