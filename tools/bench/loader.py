@@ -5,6 +5,7 @@
 One process reads the same random clips in turn from the source's mp4 files with PyAV (seek, decode, resize),
 from video shards, from episodes that the loader keeps in memory, and from latent shards. CPU time counts, so
 other work on the machine disturbs little; the median over the rounds goes into benchmarks/loader.json.
+Then the start: wall seconds and memory of a new process until its first batch out of 10,000 episodes.
 """
 
 import datetime
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +32,16 @@ from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.loader import Loader, LoaderConfig, make_loader
 from vidworld.data.manifest import Shard
 from vidworld.data.order import ClipOrder, OrderKey
-from vidworld.data.shards import ShardDataset, ShardWriter, json_bytes, latents_member, npy_bytes
+from vidworld.data.shards import (
+    ShardDataset,
+    ShardWriter,
+    json_bytes,
+    latents_member,
+    npy_bytes,
+    video_member,
+)
 from vidworld.data.sources.detect import open_source
+from vidworld.data.video import encode_video
 from vidworld.errors import DataError
 
 SPATIAL_STRIDE, CHANNELS = 8, 16
@@ -78,9 +88,10 @@ def main(arguments: Sequence[str], prog: str) -> None:
         ("loader.ratio_vs_mp4.native_size", native["video"] / native["mp4"], ratio),
         ("loader.order_us.clips1e7_b64", order_us(), "us"),
     ]
+    rows += start_rows(options)
     write_rows(options, rows)
     for name, value, unit in rows:
-        print(f"{name:<42} {value:>12.1f} {unit}")
+        print(f"{name:<42} {value:>12.2f} {unit}")
 
 
 def measure(options: Options, size: str, work: Path) -> dict[str, float]:
@@ -106,13 +117,85 @@ def measure(options: Options, size: str, work: Path) -> dict[str, float]:
     readers["mp4"] = read_mp4s(options.source, dataset, loaders["video"])
     check_agreement(next(readers["video"]), next(readers["mp4"]))
     for name in ("cached", "latents_cached"):  # fills the cache
-        for _ in range(3 * round(loaders[name].order.steps_per_epoch) // 4):
+        order = loaders[name].order
+        assert isinstance(order, ClipOrder)
+        for _ in range(3 * round(order.steps_per_epoch) // 4):
             next(readers[name])
     found: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(options.rounds):
         for name, reader in readers.items():
             found[name].append(frames_per_cpu_s(reader, options.seconds))
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+START_EPISODES, START_FRAMES, START_SHARD = 10_000, 64, 64
+START = """
+import json, resource, sys, time
+began = float(sys.argv[2])
+from vidworld.data.loader import LoaderConfig, make_loader
+from vidworld.data.shards import ShardDataset
+imported = time.time()
+config = LoaderConfig(clip_frames=16, batch_size=16, workers=0)
+next(iter(make_loader(ShardDataset.open(sys.argv[1]), "train", config, seed=0)))
+done = time.time()
+gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+print(json.dumps({"start_s": done - began, "open_s": done - imported, "gb": gb}))
+"""
+"""A process of its own: from its start, imports included, to the first batch in memory."""
+
+
+def start_rows(options: Options) -> list[tuple[str, float, str]]:
+    """Seconds and memory to start on 10,000 episodes, median of three processes; needs 1.5 GB of disk."""
+    with tempfile.TemporaryDirectory() as work:
+        data = write_many(options, Path(work))
+        found = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", START, str(data), str(time.time())],
+                    capture_output=True,
+                    check=True,
+                    text=True,
+                ).stdout
+            )
+            for _ in range(3)
+        ]
+    median = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    return [
+        ("loader.start_s.10k", median["start_s"], "s"),
+        ("loader.start_s.10k.without_imports", median["open_s"], "s"),
+        ("loader.start_gb.10k", median["gb"], "GB"),
+    ]
+
+
+def write_many(options: Options, work: Path) -> Path:
+    """10,000 episodes that are all the beginning of one real episode, in shards of 64."""
+    plan = ConvertOptions(
+        out=work / "one", size=options.size, max_episodes=1, val_fraction=0, workers=1, episodes_per_shard=1
+    )
+    manifest = convert(open_source(options.source), plan)
+    (sample,) = manifest.samples()
+    frames = min(START_FRAMES, sample.frames)
+    clip = ShardDataset.open(work / "one").read_clip(sample.key, 0, frames)
+    assert clip.video is not None
+    members = {video_member(view): encode_video(video, manifest.fps) for view, video in clip.video.items()}
+    members |= {
+        "actions.npy": npy_bytes(clip.actions_TA),
+        "proprio.npy": npy_bytes(clip.proprio_TS),
+        "timestamps.npy": npy_bytes(clip.timestamps_T),
+        "meta.json": json_bytes(clip.meta),
+    }
+    (work / "many" / "shards").mkdir(parents=True)
+    shards = []
+    for first in range(0, START_EPISODES, START_SHARD):
+        keys = [f"episode_{index:06d}" for index in range(first, min(first + START_SHARD, START_EPISODES))]
+        file = f"shards/train-{first // START_SHARD:06d}.tar"
+        with ShardWriter(work / "many" / file) as writer:
+            for key in keys:
+                writer.add(key, members)
+        samples = tuple(replace(sample, key=key, episode_id=key, frames=frames) for key in keys)
+        shards.append(Shard(file, writer.sha256, writer.bytes, "train", samples))
+    replace(manifest, shards=tuple(shards)).write(work / "many")
+    return work / "many"
 
 
 def order_us(batch_size: int = 64, steps: int = 500) -> float:
@@ -153,10 +236,11 @@ def read_mp4s(source: Path, dataset: ShardDataset, loader: Loader) -> Iterator[t
         for view in manifest.views
     }
     tables = {sample.key: dataset.read_clip(sample.key, 0, sample.frames) for sample in samples}
-    length, step = loader.config.clip_frames, 0
+    length, step, order = loader.config.clip_frames, 0, loader.order
+    assert isinstance(order, ClipOrder)
     while True:
         clips, actions = [], []
-        for episode, start in zip(*loader.order.batch(step), strict=True):
+        for episode, start in zip(*order.batch(step), strict=True):
             key, rows = samples[episode].key, slice(int(start), int(start) + length)
             views = [
                 mp4_window(files[key, view], int(start), length, manifest.width, manifest.height)
