@@ -178,7 +178,10 @@ def held_out(training: Training, corpus: Corpus) -> dict[str, list[Batch]]:
     """
     look = training.look
     config = type(training.loader)(
-        clip_frames=training.loader.clip_frames, batch_size=look.validate_clips, workers=0
+        clip_frames=training.loader.clip_frames,
+        clip_stride=training.loader.clip_stride,  # with a time stride it must be a multiple
+        batch_size=look.validate_clips,
+        workers=0,
     )
 
     def batches(split: str, label: str) -> list[Batch]:

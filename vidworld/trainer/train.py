@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import nn
 
 from vidworld.config import parse, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.model.embodiments import carry_over
 from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
+from vidworld.tokenizers.pretrained import require_statistics
 from vidworld.tokenizers.store import FOLDER, load_tokenizer, save_tokenizer
 from vidworld.trainer.config import TokenizerTraining, Training, WorldTraining, absolute, read_training
 from vidworld.trainer.corpus import (
@@ -158,7 +160,8 @@ def _train_tokenizer(training: TokenizerTraining, run: Path, log: RunLog, *, res
 def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: bool) -> None:
     corpus = open_corpus(training)
     tokenizer = load_tokenizer(training.tokenizer)
-    assert isinstance(tokenizer, ConvTokenizer)
+    assert isinstance(tokenizer, nn.Module)
+    require_statistics(tokenizer, training.tokenizer)
     check_latents(corpus, tokenizer)
     known = None if training.init is None else WorldSpec.read(find(training.init).directory)
     spec = world_spec(training, corpus, tokenizer, known)
