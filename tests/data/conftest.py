@@ -133,3 +133,15 @@ def true_episode() -> Callable[[str], dict[str, np.ndarray]]:
 def sample_members() -> Callable[..., dict[str, bytes]]:
     """Gives the members of a fixture episode as bytes."""
     return members
+
+
+@pytest.fixture
+def contract_file(tmp_path: Path) -> Callable[[str], tuple[Path, ...]]:
+    """Writes a contract file; what it gives is what `--contract` takes."""
+
+    def write(text: str) -> tuple[Path, ...]:
+        path = tmp_path / "contract.yaml"
+        path.write_text(text)
+        return (path,)
+
+    return write

@@ -40,13 +40,11 @@ def actions() -> np.ndarray:
 
 
 @pytest.fixture
-def mapped(tmp_path):
+def mapped(contract_file):
     """Reads a contract file and maps the robot's numbers: (spec, actions, proprio)."""
 
     def apply(text, spec=ARM, actions_TA=None, proprio_TS=None):
-        path = tmp_path / "contract.yaml"
-        path.write_text(text)
-        described = read_contracts([path], [spec])[spec.embodiment]
+        described = read_contracts(contract_file(text), [spec])[spec.embodiment]
         episode = Episode(
             "e",
             "arm",
@@ -228,7 +226,7 @@ def test_degrees_do_not_pass_for_radians(mapped):
     assert proprio == pytest.approx(mapped(ROTATION % "rot6d")[2])
 
 
-def test_differently_mapped_never_looks_equal(mapped, tmp_path):
+def test_differently_mapped_never_looks_equal(contract_file):
     """Even where the same dimensions and the same statistics come out."""
     texts = [
         "note: x",
@@ -240,10 +238,8 @@ def test_differently_mapped_never_looks_equal(mapped, tmp_path):
         "note: x\naction_from: next_state",
     ]
     digests = set()
-    for index, text in enumerate(texts):
-        path = tmp_path / f"{index}.yaml"
-        path.write_text(text)
-        spec = read_contracts([path], [ARM])["arm"].spec
+    for text in texts:
+        spec = read_contracts(contract_file(text), [ARM])["arm"].spec
         zeros = [Statistics.of(np.zeros((1, len(role)))) for role in (spec.action, spec.proprio)]
         contract = ActionContract("arm", 10, spec.action, spec.proprio, *zeros, note=spec.note)
         assert ActionContract.from_mapping(contract.to_mapping()) == contract

@@ -23,27 +23,17 @@ def logs(path: str):
     return open_source(LOGS / path)
 
 
-@pytest.fixture
-def contract(tmp_path):
-    def write(text):
-        path = tmp_path / "contract.yaml"
-        path.write_text(text)
-        return (path,)
-
-    return write
-
-
 def example() -> str:
     """The YAML of docs/data-format.md."""
     page = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
     return page.split("```yaml\n")[1].split("```")[0]
 
 
-def test_poses_of_a_franka_as_rot6d_with_state_deltas(tmp_path, contract):
+def test_poses_of_a_franka_as_rot6d_with_state_deltas(tmp_path, contract_file):
     source = logs("ctrl_world_droid/dataset_example/droid_new_setup")
     options = ConvertOptions(
         out=tmp_path / "d",
-        contract=contract(example()),
+        contract=contract_file(example()),
         trim="shorter",
         size="32x16",
         views=("wrist",),
@@ -74,11 +64,11 @@ def test_poses_of_a_franka_as_rot6d_with_state_deltas(tmp_path, contract):
     assert max(after for _, after in steps) < 0.3
 
 
-def test_deltas_of_a_widowx_turn_as_its_states_do(tmp_path, contract):
+def test_deltas_of_a_widowx_turn_as_its_states_do(tmp_path, contract_file):
     """Bridge's commands are the changes of its states, up to how well the arm follows."""
     text = "control_frame: base\naction_from: state_delta\nproprio: {gripper: {kind: binary, threshold: 0.5}}"
     source = logs("octo_bridge_rlds/bridge_dataset/1.0.0")
-    (described,) = read_contracts(contract(text), source.embodiments).values()
+    (described,) = read_contracts(contract_file(text), source.embodiments).values()
     assert described.mapping is not None
     recorded, derived = [], []
     for name in source.episode_ids():
@@ -99,11 +89,16 @@ proprio: {joint_*: {unit: rad, kind: position}}
 """
 
 
-def test_velocities_of_a_jittering_arm_at_another_rate(tmp_path, contract):
+def test_velocities_of_a_jittering_arm_at_another_rate(tmp_path, contract_file):
     """10 Hz with a wall clock that jitters by half a step, to 4 Hz: what the joints do is still commanded."""
     source = logs("cr5_banana_lerobot_v21")
     options = ConvertOptions(
-        out=tmp_path / "d", contract=contract(CR5), fps=4, resample="nearest", size="32x16", episodes=("72",)
+        out=tmp_path / "d",
+        contract=contract_file(CR5),
+        fps=4,
+        resample="nearest",
+        size="32x16",
+        episodes=("72",),
     )
     plan = make_plan(source, ConvertOptions(**{**vars(options), "val_fraction": 0.0}))
     done = prepare(source.read("episode_000072"), plan.recipe)

@@ -47,28 +47,18 @@ NO_RATE = dataclasses.replace(
 )
 
 
-@pytest.fixture
-def contract(tmp_path):
-    def write(text):
-        path = tmp_path / "contract.yaml"
-        path.write_text(text)
-        return (path,)
-
-    return write
-
-
 def options(out, **changes) -> ConvertOptions:
     return ConvertOptions(out=out, **{"size": "48x32", "workers": 1, "val_episodes": ("3",), **changes})
 
 
-def test_a_rate_that_the_logs_do_not_say(tmp_path, contract):
-    for changes in ({"contract": contract("rate_hz: 15")}, {"fps": 15.0}):
+def test_a_rate_that_the_logs_do_not_say(tmp_path, contract_file):
+    for changes in ({"contract": contract_file("rate_hz: 15")}, {"fps": 15.0}):
         manifest = convert(NO_RATE, options(tmp_path / "d", overwrite=True, **changes))
         assert (manifest.fps, manifest.contracts[0].rate_hz) == (15, 15)
         read = ShardDataset.open(tmp_path / "d").read("1")
         assert read.timestamps_T == pytest.approx(np.arange(18) / 15)
         assert manifest.options["rates"] == {"arm": 15}
-    halved = convert(NO_RATE, options(tmp_path / "h", fps=5.0, contract=contract("rate_hz: 15")))
+    halved = convert(NO_RATE, options(tmp_path / "h", fps=5.0, contract=contract_file("rate_hz: 15")))
     assert {sample.frames for sample in halved.samples()} == {6}
     assert Manifest.read(tmp_path / "h") == halved
 
@@ -82,12 +72,12 @@ def test_no_rate_at_all(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_a_rate_that_the_logs_contradict(tmp_path, contract):
+def test_a_rate_that_the_logs_contradict(tmp_path, contract_file):
     with pytest.raises(
         ConfigError, match=r"rate_hz of embodiment 'arm': got 10, expected 15 as the logs say"
     ):
-        make_plan(LOGS, options(tmp_path, contract=contract("rate_hz: 10")))
-    make_plan(LOGS, options(tmp_path, contract=contract("rate_hz: 15.01")))
+        make_plan(LOGS, options(tmp_path, contract=contract_file("rate_hz: 10")))
+    make_plan(LOGS, options(tmp_path, contract=contract_file("rate_hz: 15.01")))
 
 
 def test_robots_of_several_rates_need_one_choice(tmp_path):
@@ -127,12 +117,12 @@ def test_numbers_of_unknown_kind_are_not_interpolated(tmp_path):
         make_plan(vague, options(tmp_path, fps=10, resample="nearest"))
 
 
-def test_the_mapping_is_part_of_the_dataset(tmp_path, contract):
+def test_the_mapping_is_part_of_the_dataset(tmp_path, contract_file):
     text = (
         "proprio: {lift: {unit: mm, to: m}}\naction: {grip: {invert: true}}\naction_keep: [grip, v]\ntext: go"
     )
     plain = convert(LOGS, options(tmp_path / "plain"))
-    mapped = convert(LOGS, options(tmp_path / "mapped", contract=contract(text)))
+    mapped = convert(LOGS, options(tmp_path / "mapped", contract=contract_file(text)))
     assert plain.digest != mapped.digest
     assert "mapping" not in plain.options
     assert mapped.options["mapping"]["arm"]["action"]["keep"] == ["grip", "v"]
@@ -149,11 +139,11 @@ def test_the_mapping_is_part_of_the_dataset(tmp_path, contract):
         convert(LOGS, options(tmp_path / "mapped"))
 
 
-def test_two_mappings_with_equal_dimensions_are_two_datasets(tmp_path, contract):
+def test_two_mappings_with_equal_dimensions_are_two_datasets(tmp_path, contract_file):
     out = tmp_path / "d"
-    convert(LOGS, options(out, contract=contract("text: go")))
+    convert(LOGS, options(out, contract=contract_file("text: go")))
     with pytest.raises(ConfigError, match="'mapping'"):
-        convert(LOGS, options(out, contract=contract("text: stop")))
+        convert(LOGS, options(out, contract=contract_file("text: stop")))
 
 
 def test_identity_of_what_was_converted_before_stays(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vidworld.contract import Dimension
+from vidworld.data.mapping import Change, EmbodimentMapping, RoleMapping
 from vidworld.data.prepare import Recipe, decimation, plain_outcome, prepare, resample_actions
 from vidworld.data.sources.base import video_of
 from vidworld.data.video import decode_video
@@ -308,3 +309,16 @@ def test_a_rate_that_only_the_user_knows():
         assert load(done.members, "timestamps.npy") == pytest.approx(np.arange(6) / 10)
         with pytest.raises(DataError, match=r"rows a second: got not in the logs; say rate_hz .*--fps"):
             prepare(episode, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [("", "tidy up"), ("pick; place", "pick; place"), (" pick\n", "pick"), (" ", "tidy up")],
+)
+def test_episodes_without_an_instruction_get_that_of_the_contract_file(recorded, expected):
+    same = [RoleMapping(tuple(map(Change, role))) for role in (SPEC.action, SPEC.proprio)]
+    mapping = EmbodimentMapping(*same, text="tidy up")
+    done = prepare(make(text=recorded), dataclasses.replace(RECIPE, mappings={"arm": mapping}))
+    assert done.text == json.loads(done.members["meta.json"])["text"] == expected
+    assert prepare(make(text=recorded), RECIPE).text == recorded.strip()
+    assert (load(done.members, "actions.npy") == GOOD.actions_TA).all()

@@ -124,7 +124,7 @@ def test_undeclared_angles_that_wrap_are_refused():
     wrapped = (3.0 + 0.1 * np.arange(5) + np.pi) % (2 * np.pi) - np.pi
     grid = even_grid(np.arange(5) / 15, 10)
     with pytest.raises(
-        DataError, match=r"'yaw' cannot be interpolated: it jumps at row 2: got by 6.18 rad.*dec"
+        DataError, match=r"'yaw' cannot be resampled: it jumps at row 2: got by 6.18 rad.*dec"
     ):
         proprio_on_grid(wrapped[:, None], (Dimension("yaw", "rad", "position"),), grid)
 

@@ -238,7 +238,7 @@ class EmbodimentMapping:
 
     def mapped(self, episode: Episode) -> Episode:
         """The episode with its numbers as the dataset has them."""
-        text = episode.text or self.text
+        text = episode.text.strip() or self.text
         if not self.changes_numbers:
             return dataclasses.replace(episode, text=text)
         action, proprio = self.tables(episode.actions_TA, episode.proprio_TS)

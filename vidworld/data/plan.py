@@ -204,7 +204,10 @@ def _rates(
     """Recorded rows a second of each embodiment, and the rate of the dataset."""
     if options.fps is not None and not 0 < options.fps < math.inf:
         raise ConfigError("--fps", got=options.fps, expected="more than 0")
-    rates = {name: one.rate_hz or source.fps or options.fps or 0.0 for name, one in described.items()}
+    rates = {
+        name: one.rate_hz or source.fps or one.spec.rate_hz or options.fps or 0.0
+        for name, one in described.items()
+    }
     for name, rate in rates.items():
         if not rate:
             raise ConfigError(

@@ -170,7 +170,7 @@ def proprio_on_grid(proprio_TS: np.ndarray, dimensions: tuple[Dimension, ...], g
     Raises DataError for a dimension of unknown kind, and for an angle that jumps by more than half a turn.
     """
     proprio_TS = proprio_TS.astype(np.float64)
-    refuse_wraps(proprio_TS, dimensions, "interpolated")
+    refuse_wraps(proprio_TS, dimensions, "resampled")
     result = np.empty((len(grid.at_N), len(dimensions)))
     for index, dimension in enumerate(dimensions):
         match dimension.kind:
