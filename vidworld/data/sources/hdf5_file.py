@@ -8,7 +8,9 @@ and place.
 
 import contextlib
 import json
+import mmap
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MAX_NUMBERS = 2**28
 MAX_CHUNK_BYTES = 2**28
 MAX_TEXT = 2**20
+_HEAP = b"GCOL\x01\0\0\0"
 _BLOCK_BYTES = 2**25
 _FOLDERS_LOOKED_AT = 500
 
@@ -67,12 +70,39 @@ def open_hdf5(path: Path) -> "Iterator[h5py.File]":
     """Open a file for reading; errors of the library inside the block become DataError."""
     library = require("h5py", "hdf5")
     try:
+        stat = path.stat()
+        _check_heaps(path, stat.st_size, stat.st_mtime_ns)
         with library.File(path, "r", locking=False) as file:
             yield file
     except FileNotFoundError:
         raise DataError("missing file", where=path) from None
     except (OSError, RuntimeError) as error:
         raise DataError("damaged HDF5 file", where=path, got=str(error)[:200]) from None
+
+
+@lru_cache(maxsize=64)
+def _check_heaps(path: Path, size: int, mtime_ns: int) -> None:
+    """Walk the global heaps of one version of a file: the library loops for ever over damaged ones.
+
+    They hold all data of variable length (format specification, III.E): 16 bytes of header, then objects of
+    16 bytes and their content, aligned to 8; object 0 is the free rest and counts its own header.
+    """
+    if size < len(SIGNATURE):
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(_HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(content[start + 8 : start + 16], "little")
+            place = start + 16
+            while place + 16 <= min(end, size):
+                length = int.from_bytes(content[place + 8 : place + 16], "little")
+                free = content[place : place + 2] == b"\0\0"
+                place += length if free else 16 + (length + 7) // 8 * 8
+                if (free and length < 16) or place > end:
+                    raise DataError(
+                        "damaged HDF5 file", where=path, got=f"a heap at byte {start} that is not whole"
+                    )
+            start = content.find(_HEAP, start + 16)
 
 
 def child(group: Any, path: str) -> Any:
@@ -118,7 +148,8 @@ def numbers(dataset: Any, where: str) -> np.ndarray:
     if dataset.size > MAX_NUMBERS:
         raise DataError(f"size of {where}", got=dataset.shape, expected=f"at most {MAX_NUMBERS} numbers")
     try:
-        values = dataset[()].astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = dataset[()].astype(np.float32)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"damaged {where}", got=error) from None
     return values.reshape(len(values), -1) if values.ndim == 1 else values
@@ -127,7 +158,15 @@ def numbers(dataset: Any, where: str) -> np.ndarray:
 def is_vector(dataset: Any, widest: int) -> bool:
     """Whether an entry holds rows of floats, at most so wide."""
     shape = getattr(dataset, "shape", None)
-    return shape is not None and dataset.dtype.kind == "f" and len(shape) == 2 and 0 < shape[1] <= widest
+    return shape is not None and len(shape) == 2 and 0 < shape[1] <= widest and dtype_of(dataset).kind == "f"
+
+
+def dtype_of(dataset: Any) -> np.dtype:
+    """The type of a dataset's values, if there can be such a type."""
+    try:
+        return dataset.dtype
+    except (TypeError, ValueError) as error:
+        raise DataError(f"type of {dataset.name!r}", where=dataset.file.filename, got=error) from None
 
 
 def check_storage(dataset: Any, where: str) -> None:
@@ -135,11 +174,12 @@ def check_storage(dataset: Any, where: str) -> None:
     library = require("h5py", "hdf5")
     if not isinstance(dataset, library.Dataset):
         raise DataError(f"no dataset {where}")
+    dtype = dtype_of(dataset)
     if dataset.is_virtual or dataset.external:
         raise DataError(f"{where} lies in another file", fix="copy the data into the file (h5repack)")
-    if library.check_ref_dtype(dataset.dtype) is not None or dataset.dtype.kind == "V":
+    if library.check_ref_dtype(dtype) is not None or dtype.kind == "V":
         raise DataError(f"type of {where}", got="references or opaque bytes", expected="numbers or pictures")
-    chunk = int(np.prod(dataset.chunks)) * dataset.dtype.itemsize if dataset.chunks else 0
+    chunk = int(np.prod(dataset.chunks)) * dtype.itemsize if dataset.chunks else 0
     if chunk > MAX_CHUNK_BYTES:
         raise DataError(f"chunk size of {where}", got=f"{chunk} bytes", expected=f"at most {MAX_CHUNK_BYTES}")
 
@@ -149,13 +189,14 @@ def camera_kind(dataset: Any) -> str:
     library = require("h5py", "hdf5")
     if not isinstance(dataset, library.Dataset):
         return ""
-    if dataset.dtype == np.uint8 and dataset.ndim == 4 and dataset.shape[3] == 3:
+    dtype = dtype_of(dataset)
+    if dtype == np.uint8 and dataset.ndim == 4 and dataset.shape[3] == 3:
         return "raw"
-    of_any_length = library.check_vlen_dtype(dataset.dtype)
-    strings = library.check_string_dtype(dataset.dtype)
+    of_any_length = library.check_vlen_dtype(dtype)
+    strings = library.check_string_dtype(dtype)
     if dataset.ndim == 1 and (of_any_length in (np.uint8, np.int8) or strings is not None):
         return "encoded"
-    return "encoded" if dataset.dtype in (np.uint8, np.int8) and dataset.ndim == 2 else ""
+    return "encoded" if dtype in (np.uint8, np.int8) and dataset.ndim == 2 else ""
 
 
 def check_camera(dataset: Any, where: str) -> None:

@@ -381,6 +381,18 @@ def test_other_hdf5_files_are_told_what_is_expected(tmp_path, robomimic, change)
         Hdf5Source(robomimic)
 
 
+def test_a_heap_that_would_hang_the_library(robomimic):
+    """Data of variable length lie in a heap; the library walks one of zero-sized entries for ever."""
+    source = Hdf5Source(robomimic)
+    assert source.episode_ids()
+    content = bytearray(robomimic.read_bytes())
+    heap = content.index(b"GCOL")
+    content[heap + 16 : heap + 32] = bytes(16)
+    robomimic.write_bytes(content + b" ")
+    with pytest.raises(DataError, match=r"a heap at byte .* that is not whole"):
+        source.read("demo_0")
+
+
 FUZZ = """
 import sys, pathlib, numpy as np
 from vidworld.data.sources.hdf5 import Hdf5Source
