@@ -333,6 +333,7 @@ def test_links_out_of_the_dataset(subset, tmp_path):
         ("success", 2, "success .*expected 0 or 1"),
         ("texts", [1], "texts .*expected a list of texts"),
         ("texts", {"a": "b"}, "texts .*expected a list of texts"),
+        ("texts", ["a" * 20_000], "texts .*got 20000 characters, expected at most 10000"),
         ("episode_id", [1], "episode_id .*expected a number or a text"),
         ("episode_id", True, "episode_id .*expected a number or a text"),
         ("videos", [], "videos .*expected a list of"),

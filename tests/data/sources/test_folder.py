@@ -172,6 +172,9 @@ def test_text_files_clock_and_pickling(folder):
     assert source.read("run_2").text == "open the drawer"
     with pytest.raises(DataError, match=r"cannot read the instruction in .*run_3/task.txt"):
         source.read("run_3")
+    (folder / "run_3/task.txt").write_text("a" * 20_000)
+    with pytest.raises(DataError, match=r"length of the instruction in .*expected at most 10000"):
+        source.read("run_3")
     before = source.fingerprint
     change(folder, "fps: 10", "fps: 20")
     assert FolderSource(folder).fingerprint != before
@@ -202,6 +205,8 @@ def test_text_files_clock_and_pickling(folder):
         ("unit: rad/s", "name: x", "'cmd_.' gives 2 columns one name"),
         ("name: gripper", "name: cmd_a", "two columns under one name in action"),
         ("text: push the cup", "delimiter: ', '", "setting 'delimiter' .*expected one character"),
+        ("text: push the cup", "rows_per_frame: 0", "setting 'rows_per_frame' .*got 0, expected 1 or more"),
+        ("{name: gripper,", "{name: 7,", "setting 'action.grip.name' .*got 7"),
         ("embodiment: my_arm", "{", "not valid YAML"),
     ],
 )
@@ -250,6 +255,30 @@ def test_other_delimiters(folder):
         open_source(folder)
     change(folder, "text: push the cup", 'delimiter: ";"')
     assert open_source(folder).read("run_2").actions_TA[:, 0].tolist() == [0.25, 1.25, 2.25, 3.25, 4.25]
+
+
+def test_tables_faster_than_the_video(folder, write_video):
+    """Three rows a frame: velocities are averaged, of a switch and of a state one row counts."""
+    for episode, rows in LENGTHS.items():
+        (folder / episode / "log.csv").write_text(csv_of(columns_of(episode, 3 * rows - 1)))
+    change(folder, "text: push the cup", "rows_per_frame: 3")
+    change(folder, "timestamps: time\n", "")
+    episode = open_source(folder).read("run_2")
+    number = np.arange(14)
+    assert episode.actions_TA[:, 0].tolist() == [1.25, 4.25, 7.25, 10.25, 12.75]
+    assert episode.actions_TA[:, 2].tolist() == [0, 1, 0, 1, 1]
+    assert episode.proprio_TS[:, 0] == pytest.approx(number[::3] / 7)
+    assert episode.timestamps_T == pytest.approx(np.arange(5) / 10)
+    assert {video.num_frames for video in episode.views.values()} == {5}
+    change(folder, ", kind: binary", "")
+    with pytest.raises(ConfigError, match=r"kind of action 'gripper' in .*got unknown, expected position"):
+        open_source(folder)
+
+
+def test_a_header_that_numpy_wrote_as_a_comment(folder):
+    path = folder / "run_3/log.csv"
+    path.write_text("# " + path.read_text())
+    assert len(open_source(folder).read("run_3")) == 4
 
 
 def test_faults_that_cost_one_episode(folder, tmp_path, write_video):

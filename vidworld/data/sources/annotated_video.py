@@ -23,7 +23,7 @@ import numpy as np
 
 from vidworld.config import digest, to_mapping
 from vidworld.contract import Dimension
-from vidworld.data.prepare import resample_actions
+from vidworld.data.resample import resample_actions
 from vidworld.data.sources.annotation_layouts import JOINTS, LAYOUTS, NEXT_STATE, Field, Layout, chosen
 from vidworld.data.sources.location import inside
 from vidworld.data.sources.log_facts import FACTS_FILE, LogFacts, read_facts
@@ -34,6 +34,7 @@ from vidworld.types import EmbodimentSpec, Episode, Video
 
 ANNOTATION = "annotation"
 MAX_JSON_BYTES = 2**28
+MAX_TEXT = 10_000
 NO_CLOCK = "frame number / fps: the logs have no clock"
 
 
@@ -283,7 +284,10 @@ def _actions(
     if not layout.action:
         # No frame follows the last one: it keeps its own state.
         return np.concatenate([proprio_TS[1:, :width], proprio_TS[-1:, :width]])
-    columns = [resample_actions(arrays[field.key], field.dimensions, field.every) for field in layout.action]
+    columns = [
+        resample_actions(arrays[field.key], field.dimensions, field.every, layout.control_frame)
+        for field in layout.action
+    ]
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
@@ -345,7 +349,10 @@ def _text(record: Mapping[str, Any], path: Path) -> str:
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError("texts", where=path, got=repr(texts)[:100], expected="a list of texts")
-    return "; ".join(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    text = "; ".join(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if len(text) > MAX_TEXT:
+        raise DataError("texts", where=path, got=f"{len(text)} characters", expected=f"at most {MAX_TEXT}")
+    return text
 
 
 def _outcome(record: Mapping[str, Any], path: Path) -> dict[str, Any]:

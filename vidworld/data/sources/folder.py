@@ -29,6 +29,7 @@ import numpy as np
 
 from vidworld.config import digest, from_mapping, from_yaml
 from vidworld.contract import Dimension, Kind
+from vidworld.data.resample import resample_actions
 from vidworld.data.sources.location import inside
 from vidworld.data.sources.naming import guess_dimension, natural, view_name
 from vidworld.data.sources.tables import read_columns
@@ -37,6 +38,7 @@ from vidworld.errors import ConfigError, DataError
 from vidworld.types import EmbodimentSpec, Episode
 
 DESCRIPTIONS = ("vidworld.yaml", "dataset.yaml")
+MAX_TEXT = 10_000
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
@@ -54,7 +56,7 @@ class FolderLayout:
     """The settings of a `vidworld.yaml`."""
 
     fps: float
-    """Frames a second, and rows: one row of numbers goes with each frame."""
+    """Frames a second; a row of numbers goes with each frame."""
     views: tuple[str, ...]
     """Names of the cameras, as they stand in the file names."""
     videos: str = "{episode}/{view}.mp4"
@@ -64,6 +66,8 @@ class FolderLayout:
     action: dict[str, dict[str, str]]
     """Column or pattern -> fields of `ColumnFacts`."""
     proprio: dict[str, dict[str, str]] = field(default_factory=dict)
+    rows_per_frame: int = 1
+    """Rows to one frame, where the table runs faster than the video: k actions become one by their kinds."""
     timestamps: str | None = None
     """Column with the time of each row, as recorded; without one, the clock is frame number / fps."""
     timestamp_unit: Literal["s", "ms", "us", "ns"] = "s"
@@ -96,6 +100,14 @@ class FolderSource:
         action = _select(columns, layout.action, f"action of {self._file}")
         proprio = _select(columns, layout.proprio, f"proprio of {self._file}")
         self._action, self._proprio = list(action), list(proprio)
+        unknown = [dimension.name for dimension in action.values() if dimension.kind == "unknown"]
+        if unknown and layout.rows_per_frame > 1:
+            raise ConfigError(
+                f"kind of action {unknown[0]!r}",
+                where=self._file,
+                got="unknown",
+                expected="position, velocity, delta, binary or force, as rows_per_frame is more than 1",
+            )
         for setting in ("timestamps", "success"):
             if (column := getattr(layout, setting)) is not None:
                 _select(columns, {column: {}}, f"{setting} of {self._file}")
@@ -139,7 +151,7 @@ class FolderSource:
 
     def episode_ids(self) -> list[str]:
         """Whatever has a table or a video, so that an episode that lacks the other is named, not skipped."""
-        return self._episodes
+        return list(self._episodes)
 
     def read(self, episode_id: str) -> Episode:
         """Read the table of an episode and open its videos, without decoding them."""
@@ -149,26 +161,33 @@ class FolderSource:
         path = self._path(layout.rows, episode_id)
         extra = [column for column in (layout.timestamps, layout.success) if column]
         table = read_columns(path, [*self._action, *self._proprio, *extra], layout.delimiter)
-        rows = len(table[self._action[0]])
+        rows, step = len(table[self._action[0]]), layout.rows_per_frame
+        actions_TA = resample_actions(
+            _matrix(table, self._action, rows), self.embodiments[0].action, step, layout.control_frame
+        ).astype(np.float32)
         views = {}
         for view, camera in self._cameras.items():
             video = self._path(layout.videos, episode_id, camera)
             header = measured_fps(video) if layout.ignore_video_rate else None
             views[view] = whole_video(video, declared_fps=header or self.fps)
-        source: dict[str, Any] = {"format": "folder", "file": path.relative_to(self.root).as_posix()}
+        source: dict[str, Any] = {
+            "format": "folder",
+            "rows_per_frame": step,
+            "file": path.relative_to(self.root).as_posix(),
+        }
         if layout.timestamps:
             times = table[layout.timestamps].astype(np.float64) * _SECONDS[layout.timestamp_unit]
         else:
-            times = np.arange(rows) / self.fps
+            times = np.arange(rows) * (1 / (self.fps * step))
             source["timestamps"] = "frame number / fps: the description names no clock"
         return Episode(
             episode_id=episode_id,
             embodiment=self.embodiments[0].embodiment,
             fps=self.fps,
             views=views,
-            actions_TA=_matrix(table, self._action, rows),
-            proprio_TS=_matrix(table, self._proprio, rows),
-            timestamps_T=times,
+            actions_TA=actions_TA,
+            proprio_TS=_matrix(table, self._proprio, rows)[::step],
+            timestamps_T=times[::step],
             text=self._text(episode_id),
             outcome={"success": bool((table[layout.success] > 0).any())} if layout.success else {},
             source=source,
@@ -179,13 +198,13 @@ class FolderSource:
         return {name: value for name, value in self.__dict__.items() if name != "_episodes"}
 
     @cached_property
-    def _episodes(self) -> list[str]:
+    def _episodes(self) -> dict[str, None]:
         layout = self._layout
         patterns = [layout.rows, *(layout.videos.replace("{view}", view) for view in layout.views)]
         found = {name for pattern in patterns for name in _matches(self.root, pattern)}
         if not found:
             raise DataError("no episodes", where=self.root, expected=f"files like {layout.rows}")
-        return sorted(found, key=natural)
+        return dict.fromkeys(sorted(found, key=natural))
 
     def _check(self) -> None:
         """Refuse settings that cannot be, by name."""
@@ -196,6 +215,10 @@ class FolderSource:
             raise ConfigError("setting 'views'", where=file, got=layout.views, expected="different names")
         if not layout.action:
             raise ConfigError("setting 'action'", where=file, got="no column", expected="at least one")
+        if layout.rows_per_frame < 1:
+            raise ConfigError(
+                "setting 'rows_per_frame'", where=file, got=layout.rows_per_frame, expected="1 or more"
+            )
         if len(layout.delimiter) != 1:
             raise ConfigError(
                 "setting 'delimiter'", where=file, got=repr(layout.delimiter), expected="one character"
@@ -227,9 +250,15 @@ class FolderSource:
             return self._layout.text
         path = self._path(self._layout.text_file, episode)
         try:
-            return path.read_text()[:10_000].strip()
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MAX_TEXT + 1).strip()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError("cannot read the instruction", where=path, got=error) from None
+        if len(text) > MAX_TEXT:
+            raise DataError(
+                "length of the instruction", where=path, expected=f"at most {MAX_TEXT} characters"
+            )
+        return text
 
 
 def _select(columns: list[str], facts: Mapping[str, Any], where: str) -> dict[str, Dimension]:

@@ -72,6 +72,9 @@ def _read_csv(path: Path, names: Sequence[str] | None, delimiter: str) -> dict[s
         with path.open(newline="", encoding="utf-8-sig") as lines:
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             header = [cell.strip() for cell in next(rows, [])]
+            if header:
+                # numpy.savetxt writes the header as a comment.
+                header[0] = header[0].removeprefix("#").strip()
             _check_header(header, path, delimiter)
             _check_names(names, header, path)
             wanted = list(dict.fromkeys(names or ()))
