@@ -33,6 +33,14 @@ def test_nothing_is_suspicious_without_a_fault(clean):
     assert silent(Survey(clean.manifest), []) == [d for d in DETECTORS if not d.reads]
 
 
+def test_a_robot_without_proprioception_or_with_two_frames(planted, robot, pictures):
+    """Nothing to correlate is no reason to fail."""
+    bare = dataclasses.replace(robot(), proprio=())
+    assert planted(lambda e, _: replace(e, proprio_TS=e.proprio_TS[:, :0]), spec=bare) == []
+    short = planted(lambda e, _: cut(e, 2, pictures), overwrite=True)
+    assert "short episodes" in {finding.detector for finding in short}
+
+
 # Time shifts
 
 

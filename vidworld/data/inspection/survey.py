@@ -17,8 +17,8 @@ from vidworld.data.pool import num_cores
 from vidworld.data.shards import EpisodeArrays, ShardDataset
 
 MAX_FRAMES, MAX_BYTES = 512, 128 << 20
-"""Frames read of one episode at most, and bytes of its pictures: enough for every detector, and it bounds time
-and memory."""
+"""Frames read of one episode at most, and bytes of its pictures: enough for every detector, and it bounds
+time and memory."""
 THUMBNAILS = 8
 MAX_PICTURED = 24
 """Thumbnails kept of an episode, and episodes of which they are kept."""
