@@ -124,6 +124,10 @@ def test_states_are_values(tokenizer: StreamingTokenizer) -> None:
         forked, shown_forked = tokenizer.decode_next(state.select(rows), latents[rows, step, None])
         torch.testing.assert_close(shown_forked, shown[rows], rtol=1e-4, atol=1e-5)
         assert forked.batch == 3
+        assert all(len(feature) == 3 for feature in forked.features.values())
+        assert all(len(feature) == 2 for feature in state.select(rows).features.values())  # shared until then
+        alone = state.select(rows).select(torch.tensor([2])).gathered()
+        assert all(torch.equal(feature, state.features[name][:1]) for name, feature in alone.features.items())
         state = first
     if tokenizer.time_stride > 1:
         # The memory counts: without it the same latents show something else.

@@ -221,6 +221,20 @@ def test_forked_selected_saved_states_go_on_alike(world: WorldModel, tmp_path: P
 
 
 @torch.no_grad()
+def test_samples_of_a_prompt_share_the_memory_of_its_encoder(world: WorldModel) -> None:
+    state = world.reset(make_prompt(), num_samples=5, seed=3)
+    assert state.coding is not None
+    assert state.coding.encoder is not None
+    assert state.coding.encoder.batch == 5 * len(VIEWS)
+    assert {len(feature) for feature in state.coding.encoder.features.values()} == {len(VIEWS)}
+    frames = make_frames(K, seed=8)
+    seen = world.observe(state, frames).newest.latents_BTVChw
+    alone = world.observe(state.select([3]), frames).newest.latents_BTVChw
+    torch.testing.assert_close(seen[3:4], alone, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(seen[:, :, 0], seen[:, :, 1])
+
+
+@torch.no_grad()
 def test_observed_frames_are_the_prompt_that_had_them(world: WorldModel) -> None:
     prompt = make_prompt(13)
     assert prompt.proprio is not None

@@ -342,7 +342,7 @@ def _slots(state: StreamState, half: nn.Module) -> list[Any]:
     """The cache as diffusers wants it: a new list, so that a state is never written to."""
     count = sum(type(module).__name__.endswith("CausalConv3d") for module in half.modules())
     slots: list[Any] = [None] * count
-    for name, feature in state.features.items():
+    for name, feature in state.gathered().features.items():
         slots[int(name)] = feature if feature.numel() else _REPEAT
     return slots
 

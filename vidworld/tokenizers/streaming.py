@@ -27,17 +27,30 @@ class StreamState:
     frames: int = 0
     """Latent frames that went through."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """Activations that the next frames need, [B, ...] each."""
+    """Activations that the next frames need, [R, ...] each."""
+    rows_B: Tensor | None = None
+    """Which of the R rows each video has; None: its own. Copies that have not gone apart share a row, for one
+    may take hundreds of megabytes."""
 
     def select(self, index_B: Tensor) -> "StreamState":
         """Videos in a new order, some perhaps twice or not at all."""
-        features = {name: feature[index_B] for name, feature in self.features.items()}
-        return StreamState(len(index_B), self.frames, features)
+        rows_B = index_B if self.rows_B is None else self.rows_B[index_B]
+        chosen = StreamState(len(index_B), self.frames, self.features, rows_B)
+        shared = any(len(index_B) > len(feature) for feature in self.features.values())
+        return chosen if shared else chosen.gathered()
+
+    def gathered(self) -> "StreamState":
+        """The same with a row for each video."""
+        if self.rows_B is None:
+            return self
+        features = {name: feature[self.rows_B] for name, feature in self.features.items()}
+        return StreamState(self.batch, self.frames, features)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "StreamState":
-        """Apply a function to every feature."""
+        """Apply a function to every tensor."""
         features = {name: function(feature) for name, feature in self.features.items()}
-        return dataclasses.replace(self, features=features)
+        rows_B = None if self.rows_B is None else function(self.rows_B)
+        return dataclasses.replace(self, features=features, rows_B=rows_B)
 
 
 @runtime_checkable

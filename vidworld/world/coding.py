@@ -103,4 +103,4 @@ class Coding:
 
     def _streams(self) -> dict[str, StreamState]:
         streams = {"decoder": self.decoder, "encoder": self.encoder}
-        return {role: stream for role, stream in streams.items() if stream is not None}
+        return {role: stream.gathered() for role, stream in streams.items() if stream is not None}
