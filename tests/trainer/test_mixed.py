@@ -18,6 +18,7 @@ from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError, ConfigError, ContractError, DataError
 from vidworld.evaluation import evaluate, rollout
+from vidworld.evaluation.export import export
 from vidworld.lab.planar import PlanarConfig, PlanarSource
 from vidworld.model.embodiments import carry_over
 from vidworld.tokenizers.base import to_unit_range
@@ -282,6 +283,19 @@ def test_commands_pick_the_robot_from_the_episode(mixed, planar, twin, name: str
     evaluate.main([run, str(data), "--out", str(tmp_path / "e"), *few], "vidworld eval")
     metrics = json.loads((tmp_path / "e/metrics.json").read_text())
     assert metrics["world"]["views"] == {"planar_arm": ["top"], "twin": ["left", "right"]}[name]
+
+
+def test_exports_of_all_robots_and_of_one(mixed: SimpleNamespace, tmp_path: Path) -> None:
+    for folder, name in (("all", None), ("one", "twin")):
+        (tmp_path / folder).mkdir()
+        export(mixed.world, tmp_path / folder, embodiment=name)
+    whole, one = load(tmp_path / "all", "cpu", embodiment="twin"), load(tmp_path / "one", "cpu")
+    assert one.spec == whole.spec
+    pairs = zip(one.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    card = (tmp_path / "all/README.md").read_text()
+    assert 'load("path/to/this/folder", embodiment="planar_arm")' in card
+    assert "top; 32x32 at 10 frames/s; left, right; 48x48 at 5 frames/s" in card
 
 
 def test_a_trained_model_meets_a_new_robot(mixed, planar, twin, tokenizer_run, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class Options:
     a GPU does anyway when it multiplies."""
     with_tokenizer: bool = False
     """Copy the weights of a pretrained tokenizer too; mind their license. Our own always go along."""
+    embodiment: str | None = None
+    """Pack the world of this robot alone, where the run knows several."""
     overwrite: bool = False
     """Replace an earlier export in --out."""
 
@@ -48,7 +50,13 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld export`."""
     options = parse(Options, arguments, prog=prog)
     with output_directory(options.out, WEIGHTS, overwrite=options.overwrite) as folder:
-        size = export(options.run, folder, options.dtype, with_tokenizer=options.with_tokenizer)
+        size = export(
+            options.run,
+            folder,
+            options.dtype,
+            with_tokenizer=options.with_tokenizer,
+            embodiment=options.embodiment,
+        )
         whole = has_weights(folder / "tokenizer")
     print(f'{options.out}: {size / 2**20:.1f} MiB. Open it with vidworld.load("{options.out}")')
     if not whole:
@@ -59,11 +67,16 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 
 def export(
-    run: Path, folder: Path, dtype: Literal["fp32", "bf16"] = "fp32", *, with_tokenizer: bool = False
+    run: Path,
+    folder: Path,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    *,
+    with_tokenizer: bool = False,
+    embodiment: str | None = None,
 ) -> int:
     """Write an export into an empty folder; returns its bytes. Raises CheckpointError as `load` does."""
     files = find(run)
-    world = load(run, "cpu")
+    world = load(run, "cpu", embodiment=embodiment)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     weights = {
         name: tensor.to(precision if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
@@ -90,10 +103,17 @@ def export(
 def model_card(world: WorldModel, files: Files, dtype: str) -> str:
     """The README of an export: what it is, how to use it, what its numbers mean, where it came from."""
     spec, sampler = world.spec, world.spec.sampler
+    first = spec.contracts[0].embodiment
+    shown = spec.only([first]) if spec.layouts else spec
+    opened = f', embodiment="{first}"' if spec.layouts else ""
+    pictures = "; ".join(
+        f"{', '.join(layout.views)}; {layout.width}x{layout.height} at {layout.fps:g} frames/s"
+        for layout in dict.fromkeys(spec.layout(contract.embodiment) for contract in spec.contracts)
+    )
     parameters = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
     zeros = ", ".join("0.0" for _ in spec.contracts[0].action)
-    embodiment = f', embodiment="{spec.contracts[0].embodiment}"' if len(spec.contracts) > 1 else ""
-    views = "" if len(spec.views) == 1 else f"{len(spec.views)}, "
+    embodiment = f', embodiment="{first}"' if len(shown.contracts) > 1 else ""
+    views = "" if len(shown.views) == 1 else f"{len(shown.views)}, "
     contracts = "\n".join(_contract_section(contract) for contract in spec.contracts)
     return f"""---
 library_name: vidworld
@@ -111,8 +131,8 @@ import torch
 import vidworld
 from vidworld.world.prompt import Prompt
 
-world = vidworld.load("path/to/this/folder")
-frames = np.zeros((1, {views}{spec.height}, {spec.width}, 3), np.uint8)  # your own frames, oldest first
+world = vidworld.load("path/to/this/folder"{opened})
+frames = np.zeros((1, {views}{shown.height}, {shown.width}, 3), np.uint8)  # your own frames, oldest first
 with torch.no_grad():
     state = world.reset(Prompt(frames{embodiment}), num_samples=4, seed=0)
     state, seen = world.step(state, [{zeros}])
@@ -121,7 +141,7 @@ print(seen.video_BVHWC.shape, seen.proprio_BS.shape)
 
 | | |
 |---|---|
-| pictures | {", ".join(spec.views)}; {spec.width}x{spec.height} at {spec.fps:g} frames/s |
+| pictures | {pictures} |
 | network | {parameters:.1f}M parameters, {spec.model.width} wide, {spec.model.depth} deep, in {dtype} |
 | sampler | {sampler.steps} {sampler.method} steps a frame, window of {sampler.window} frames |
 | checkpoint | `{files.checkpoint}`, vidworld {__version__} |
