@@ -240,8 +240,8 @@ def test_differently_mapped_never_looks_equal(contract_file):
     digests = set()
     for text in texts:
         spec = read_contracts(contract_file(text), [ARM])["arm"].spec
-        zeros = [Statistics.of(np.zeros((1, len(role)))) for role in (spec.action, spec.proprio)]
-        contract = ActionContract("arm", 10, spec.action, spec.proprio, *zeros, note=spec.note)
+        still, idle = (Statistics.of(np.zeros((1, len(role)))) for role in (spec.action, spec.proprio))
+        contract = ActionContract("arm", 10, spec.action, spec.proprio, still, idle, note=spec.note)
         assert ActionContract.from_mapping(contract.to_mapping()) == contract
         digests.add(contract.digest)
     assert len(digests) == len(texts)

@@ -22,8 +22,8 @@ from vidworld.errors import ContractError, DataError
 from vidworld.types import EmbodimentSpec
 
 RATE_TOLERANCE = 0.01
-_INSTANT = 1e-9
-"""Seconds that do not count: recorded clocks are sums of fractions that binary numbers cannot hold."""
+_INSTANT = 1e-6
+"""Seconds that do not count: a clock that began in 1970 is not told in finer steps than a quarter of this."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Grid:
 
 def even_grid(times_T: np.ndarray, fps: float) -> Grid:
     """Instants 1 / `fps` apart from the first recorded row to no later than the last."""
-    count = int(np.floor((times_T[-1] - times_T[0]) * fps + 1e-6)) + 1
+    count = int(np.floor((times_T[-1] - times_T[0]) * fps + 1e-3)) + 1
     return Grid(times_T, times_T[0] + np.arange(count) / fps, fps)
 
 
