@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from vidworld.data.sources.folder import DESCRIPTIONS
@@ -38,7 +39,8 @@ def undescribed(folder: Path) -> UndescribedFolderError | None:
     """The error for a folder with videos, up to three folders down, and nothing that says what they are."""
     if not folder.is_dir():
         return None
-    found = sorted(_files(folder, DEPTH), key=lambda path: natural(path.as_posix()))
+    some = islice(_files(folder, DEPTH), MAX_FILES)
+    found = sorted(some, key=lambda path: natural(path.as_posix()))
     videos = [path for path in found if path.suffix.lower() in VIDEOS]
     tables = [path for path in found if path.suffix.lower() in TABLES]
     if not videos:
@@ -52,8 +54,7 @@ def undescribed(folder: Path) -> UndescribedFolderError | None:
 
 def _files(folder: Path, depth: int, below: Path = Path()) -> Iterator[Path]:
     """Files up to `depth` folders down, relative to `folder`."""
-    children = sorted((folder / below).iterdir())[:MAX_FILES]
-    for child in children:
+    for child in sorted((folder / below).iterdir()):
         if child.is_file():
             yield below / child.name
         elif child.is_dir() and depth > 1 and not child.name.startswith("."):
