@@ -21,6 +21,7 @@ from vidworld.data.edit import Filter, Merge, filter_episodes, merge
 from vidworld.data.manifest import Manifest, Quarantined
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.base import SimulatedSource, video_of
+from vidworld.data.staging import Group, Staging, locked
 from vidworld.errors import ContractError, DataError
 from vidworld.types import EmbodimentSpec, Episode
 
@@ -473,6 +474,34 @@ def test_killed_edits_go_on(eight, tmp_path, count):
     edit(*words[1:])
     edit(*words[1:-1], tmp_path / "e")
     assert contents(tmp_path / "d") == contents(tmp_path / "e")
+
+
+def test_two_edits_of_one_output(eight, tmp_path, capsys):
+    with locked(tmp_path / "d"):
+        says = refused(capsys, "reshard", eight, "--episodes-per-shard", 2, "--out", tmp_path / "d")
+    assert "another conversion is writing here" in says
+
+
+def test_full_disk_leaves_work_to_go_on_from(eight, tmp_path, capsys, monkeypatch):
+    words = ("reshard", eight, "--episodes-per-shard", 2, "--out", tmp_path / "d")
+    finish, left = Staging.finish, [2]
+
+    def full(self: Staging, index: int, group: Group) -> None:
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        finish(self, index, group)
+
+    monkeypatch.setattr(Staging, "finish", full)
+    assert "no space left in" in refused(capsys, *words)
+    monkeypatch.setattr(Staging, "finish", finish)
+    assert edit(*words).digest == edit(*words[:-1], tmp_path / "e").digest
+
+
+def test_other_files_are_left_alone(eight, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    says = refused(capsys, "reshard", eight, "--episodes-per-shard", 2, "--out", tmp_path)
+    assert "--out holds other files" in says
 
 
 def test_worker_processes_give_the_same_bytes(eight, tmp_path):

@@ -1,5 +1,6 @@
 """Datasets behind URLs: read through the cache, written and uploaded, and every way a network can fail."""
 
+import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -19,6 +20,7 @@ from vidworld.data import cache, remote
 from vidworld.data.cache import Cache
 from vidworld.data.manifest import MANIFEST, Manifest
 from vidworld.data.shards import ShardDataset
+from vidworld.data.staging import locked
 from vidworld.errors import ConfigError, DataError, MissingDependencyError
 
 TRAIN = "shards/train-000000.tar"
@@ -340,3 +342,29 @@ def test_damaged_manifest():
     fsspec.filesystem("memory").pipe_file(f"/text/{MANIFEST}", b"{")
     with pytest.raises(DataError, match=r"not valid JSON in memory://text/manifest.json"):
         Manifest.read("memory://text")
+
+
+def test_hostile_manifest_cannot_leave_the_cache(url, cache_folder, tmp_path):
+    manifest = Manifest.read(url)
+    shard = dataclasses.replace(manifest.shards[0], sha256="../../../escaped")
+    hostile = dataclasses.replace(manifest, shards=(shard, *manifest.shards[1:]))
+    fsspec.filesystem("memory").pipe_file(f"/robot/{MANIFEST}", hostile.write(tmp_path).read_bytes())
+    with pytest.raises(DataError, match=r"sha256 of a shard: got '../../../escaped', expected 64 hex"):
+        ShardDataset.open(url).read("ep-000000")
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_chained_urls_are_local_paths():
+    """fsspec's `a::b://` would open one storage from within another."""
+    with pytest.raises(DataError, match="no such dataset directory"):
+        ShardDataset.open("simplecache::memory://robot")
+
+
+def test_folders_are_not_named_like_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="--out: got s3://bucket/d, expected a local directory"),
+        locked(Path("s3://bucket/d")),
+    ):
+        pass
+    assert not list(tmp_path.glob("s3*"))

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -77,7 +78,10 @@ class Cache:
         return path
 
     def path(self, sha256: str) -> Path:
-        """Where the copy of a shard lies, if it is here."""
+        """Where the copy of a shard lies, if it is here. Raises DataError for what is no sha256."""
+        # It comes from a manifest that anyone may have written, and names a file here.
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise DataError("sha256 of a shard", got=repr(sha256[:80]), expected="64 hexadecimal digits")
         return self.folder / "shards" / sha256[:2] / f"{sha256}.tar"
 
     def drop(self, sha256: str) -> None:

@@ -23,7 +23,7 @@ from vidworld.config import from_mapping, to_mapping
 from vidworld.data.manifest import MANIFEST, Manifest, Quarantined, Shard
 from vidworld.data.store import store_at
 from vidworld.errors import ConfigError, DataError
-from vidworld.files import sha256_of, sync_directory, write_atomic
+from vidworld.files import sha256_of, sync_directory, url_of, write_atomic
 
 LOCK = ".vidworld.lock"
 DELIVERED = ".delivered.json"
@@ -175,6 +175,8 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises DataError when another converter is at work, or when the directory holds something else.
     """
+    if url := url_of(out):
+        raise ConfigError("--out", got=url, expected="a local directory here: upload it afterwards")
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", got=out, expected="a directory")
     ours = (MANIFEST, STAGING, LOCK, DELIVERED)
