@@ -31,7 +31,7 @@ from vidworld.data.sources.hdf5_file import (
 from vidworld.data.sources.hdf5_layouts import Layout, episode_text, layout_of
 from vidworld.data.sources.log_facts import (
     LogFacts,
-    dimensions_of,
+    join_dimensions,
     read_facts,
     wanted_views,
 )
@@ -227,19 +227,7 @@ class Hdf5Source:
         return np.concatenate(columns, axis=1)
 
     def _dimensions(self, paths: tuple[str, ...]) -> tuple[Dimension, ...]:
-        found: list[Dimension] = []
-        for path in paths:
-            known = self._layout.dimensions.get(path, ())
-            width = self._widths[path]
-            found.extend(known if len(known) == width else dimensions_of(path, width))
-        if len({dimension.name for dimension in found}) == len(found):
-            return tuple(found)
-        # Fields of two arms may end alike: their whole paths tell them apart.
-        return tuple(
-            dimension
-            for path in paths
-            for dimension in dimensions_of(path.replace("/", "."), self._widths[path])
-        )
+        return join_dimensions({path: self._widths[path] for path in paths}, self._layout.dimensions)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()

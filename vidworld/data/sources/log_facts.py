@@ -10,7 +10,7 @@ All of it is optional, and read by the sources of RLDS and of HDF5 files. What t
 rate they were recorded, is said in a contract file (`vidworld shard --contract FILE`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,8 +70,23 @@ def wanted_views(views: Sequence[str], facts: LogFacts, where: Path) -> tuple[st
     return tuple(facts.views)
 
 
-def dimensions_of(field: str, width: int) -> tuple[Dimension, ...]:
-    """Names for the numbers of a field: its last part, numbered where there are several."""
-    name = field.rpartition("/")[2]
+def join_dimensions(
+    widths: Mapping[str, int], known: Mapping[str, tuple[Dimension, ...]]
+) -> tuple[Dimension, ...]:
+    """Dimensions of fields joined in order, from path -> width: as known, else by the names of the fields."""
+    joined = [
+        dimension
+        for path, width in widths.items()
+        for dimension in (
+            known[path] if len(known.get(path, ())) == width else _numbered(path.rpartition("/")[2], width)
+        )
+    ]
+    if len({dimension.name for dimension in joined}) == len(joined):
+        return tuple(joined)
+    # Fields of two arms may end alike: their whole paths tell them apart.
+    return tuple(d for path, width in widths.items() for d in _numbered(path.replace("/", "."), width))
+
+
+def _numbered(name: str, width: int) -> tuple[Dimension, ...]:
     names = [name] if width == 1 else [f"{name}_{index}" for index in range(width)]
     return tuple(map(guess_dimension, names))

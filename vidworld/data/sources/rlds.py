@@ -29,7 +29,7 @@ from vidworld.config import digest, to_mapping
 from vidworld.contract import Dimension
 from vidworld.data.sources.log_facts import (
     LogFacts,
-    dimensions_of,
+    join_dimensions,
     read_facts,
     wanted_views,
 )
@@ -185,21 +185,8 @@ class RldsSource:
         return asked
 
     def _dimensions(self, fields: tuple[str, ...]) -> tuple[Dimension, ...]:
-        known = self._card.dimensions if self._card else {}
-        found: list[Dimension] = []
-        for path in fields:
-            width = math.prod(self._features[path].shape)
-            dimensions = known.get(path, ())
-            found.extend(dimensions if len(dimensions) == width else dimensions_of(path, width))
-        names = [dimension.name for dimension in found]
-        if len(set(names)) == len(names):
-            return tuple(found)
-        # Two fields end alike, such as a left and a right arm: their whole paths tell them apart.
-        return tuple(
-            dimension
-            for path in fields
-            for dimension in dimensions_of(path.replace("/", "."), math.prod(self._features[path].shape))
-        )
+        widths = {path: math.prod(self._features[path].shape) for path in fields}
+        return join_dimensions(widths, self._card.dimensions if self._card else {})
 
     @cached_property
     def _shards(self) -> tuple[Shard, ...]:
