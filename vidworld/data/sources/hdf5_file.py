@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".hdf5", ".h5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MAX_NUMBERS = 2**28
+MAX_WIDTH = 4096
 MAX_CHUNK_BYTES = 2**28
 MAX_TEXT = 2**20
 _HEAP = b"GCOL\x01\0\0\0"
@@ -145,8 +146,9 @@ def numbers(dataset: Any, where: str) -> np.ndarray:
     check_storage(dataset, where)
     if dataset.dtype.kind not in "fiub" or dataset.ndim not in (1, 2):
         raise DataError(f"{where} {dataset.shape}", got=dataset.dtype, expected="numbers [T, D]")
-    if dataset.size > MAX_NUMBERS:
-        raise DataError(f"size of {where}", got=dataset.shape, expected=f"at most {MAX_NUMBERS} numbers")
+    if dataset.size > MAX_NUMBERS or dataset.shape[1:] > (MAX_WIDTH,):
+        expected = f"at most {MAX_NUMBERS} numbers, {MAX_WIDTH} a row"
+        raise DataError(f"size of {where}", got=dataset.shape, expected=expected)
     try:
         with np.errstate(over="ignore"):
             values = dataset[()].astype(np.float32)

@@ -1,6 +1,7 @@
 """The schema of an RLDS dataset: `features.json`, flattened to the names that records use."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from vidworld.errors import DataError
 
 MAX_JSON_BYTES = 2**26
+MAX_WIDTH = 4096
+"""Numbers a step; longer ones are arrays of pixels or points, and no action or state."""
 _DEPTH = 32
 
 
@@ -89,7 +92,8 @@ def _leaf(feature: dict[str, Any]) -> Feature:
         if name in ("string", "object"):
             return Feature("text", shape)
         if re.fullmatch(r"u?int(8|16|32|64)|float(16|32|64)|bool", name) and encoding in ("none", "bytes"):
-            return Feature("other" if 0 in shape else "numbers", shape, np.dtype(name), encoding)
+            fits = 0 < math.prod(shape) <= MAX_WIDTH
+            return Feature("numbers" if fits else "other", shape, np.dtype(name), encoding)
     return Feature("other")
 
 

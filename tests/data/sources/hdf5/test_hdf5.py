@@ -255,6 +255,8 @@ def test_sizes_are_capped_before_reading(robomimic, change):
         demo = file["data/demo_0"]
         del demo["actions"]
         demo.create_dataset("actions", (2**40, 7), "f4", chunks=(1024, 7))
+        del file["data/demo_0/rewards"]
+        file["data/demo_0"].create_dataset("rewards", (1, 2**27), "f4", chunks=(1, 1024))
         del file["data/demo_5/obs/agentview_image"]
         file["data/demo_5/obs"].create_dataset(
             "agentview_image", (12, 2**20, 2**20, 3), "u1", chunks=(1, 64, 64, 3)
@@ -272,6 +274,12 @@ def test_sizes_are_capped_before_reading(robomimic, change):
     ):
         with pytest.raises(DataError, match=message):
             source.read(name)
+    change(
+        robomimic,
+        lambda f: (f.pop("data/demo_0/actions"), f.move("data/demo_0/rewards", "data/demo_0/actions")),
+    )
+    with pytest.raises(DataError, match=r"size of 'actions' .*got \(1, 134217728\), expected .* 4096 a row"):
+        source.read("demo_0")
 
 
 # Damage.

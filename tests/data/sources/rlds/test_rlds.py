@@ -203,6 +203,18 @@ def test_bad_metadata(rlds, change_json, file, edit, message):
         RldsSource(rlds).episode_ids()
 
 
+def test_shape_that_cannot_be_an_action_allocates_nothing(rlds, change_json):
+    def edit(content):
+        steps = content["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"][
+            "features"
+        ]
+        steps["action"]["tensor"]["shape"]["dimensions"] = [str(2**40)]
+
+    change_json(rlds / "features.json", edit)
+    with pytest.raises(DataError, match=r"no action in .*features\.json"):
+        RldsSource(rlds)
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000])
 def test_metadata_that_is_no_json(rlds, content):
     (rlds / "features.json").write_text(content)
