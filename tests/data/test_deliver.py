@@ -136,6 +136,8 @@ def test_wrong_bucket_and_credentials(s3, dataset_dir, monkeypatch, capsys):
         send(dataset_dir, "s3://nowhere/cr5")
     with pytest.raises(DataError, match=r"^no such bucket in s3://nowhere/cr5"):
         ShardDataset.open("s3://nowhere/cr5")
+    with pytest.raises(DataError, match=r"^no manifest.json in s3://robots/bucket"):
+        ShardDataset.open("s3://robots/bucket")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

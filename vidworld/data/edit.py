@@ -25,6 +25,7 @@ from vidworld.data.edit_plan import (
 from vidworld.data.edit_write import write_edit
 from vidworld.data.manifest import NAME_PATTERN, SPLITS, Manifest
 from vidworld.data.plan import parse_size
+from vidworld.data.resample import whole_fraction
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
 from vidworld.files import url_of
@@ -177,6 +178,9 @@ def split(options: Split) -> list[tuple[Path, Manifest]]:
         val = named(options.val_episodes, dataset, "--val-episodes")
     else:
         val = held_out(takes, options.val_fraction or 0.0, options.seed)
+    if len(val) in (0, len(takes)) and options.val_fraction != 0:
+        which = "no episode" if not val else "every episode"
+        raise ConfigError("held-out episodes", got=which, expected="some, and some to train on")
     takes = [dataclasses.replace(take, split="val" if take.key in val else "train") for take in takes]
     edit = edit_of("split", dataset.manifest, takes, **options.packing)
     return [_made(options, options.out, edit, [dataset])]
@@ -223,8 +227,10 @@ def reencode(options: Reencode) -> list[tuple[Path, Manifest]]:
         )
     if options.quality is not None and not 1 <= options.quality <= 31:
         raise ConfigError("--quality", got=options.quality, expected="1 (best) to 31")
-    if options.fps is not None and not options.fps > 0:
-        raise ConfigError("--fps", got=options.fps, expected="more than 0")
+    fps = float(manifest.fps if options.fps is None else options.fps)
+    if not fps > 0 or whole_fraction(manifest.fps, fps) is None:
+        choices = ", ".join(f"{manifest.fps / divisor:g}" for divisor in range(1, 6))
+        raise ConfigError("--fps", got=f"{fps:g}", expected=f"a whole fraction of the rate: {choices} ...")
     width, height = (manifest.width, manifest.height) if options.size is None else parse_size(options.size)
     edit = edit_of(
         "reencode",
@@ -233,7 +239,7 @@ def reencode(options: Reencode) -> list[tuple[Path, Manifest]]:
         **options.packing,
         width=width,
         height=height,
-        fps=float(options.fps or manifest.fps),
+        fps=fps,
         quantizer=options.quality,
         fit=options.fit,
         settings={"quality": options.quality, "fit": options.fit},

@@ -199,7 +199,7 @@ def _lasting(error: Exception, url: str) -> Exception | None:
     if isinstance(error, ValueError) and "protocol" in str(error).lower():
         return ConfigError("kind of URL", got=shown(url), expected="one that fsspec knows, such as s3://")
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        if "bucket" in str(error).lower():
+        if re.search(r"bucket (does not exist|not found)|nosuchbucket", str(error), re.IGNORECASE):
             return MissingFileError("no such bucket", where=shown(url))
         return MissingFileError("no such file", where=shown(url))
     if isinstance(error, PermissionError) or "Credential" in name or "Token" in name or "Profile" in name:
