@@ -3,7 +3,7 @@
     python tools/bench/export_lerobot.py path/to/a/video/dataset [--codec av1]
 
 The dataset of shards is exported into a temporary folder by one worker, and each episode's frames are
-compared with those of the shards. Next to the export stands the loss of 4:2:0 colour alone, without any codec.
+compared with those of the shards. Next to the export stands the loss of 4:2:0 colour alone, without a codec.
 """
 
 import resource
