@@ -36,7 +36,10 @@ _FOLDERS_LOOKED_AT = 500
 
 
 def hdf5_files(root: Path, depth: int = 5, most: int | None = None) -> list[Path]:
-    """HDF5 files below a folder in natural order, or the file itself; `most` stops early, for detection."""
+    """HDF5 files below a folder in natural order, or the file itself; `most` stops early, for detection.
+
+    Folders that may not be read, and links to folders, are passed over.
+    """
     if root.is_file():
         return [root] if _is_hdf5(root) else []
     found: list[Path] = []
@@ -47,7 +50,11 @@ def hdf5_files(root: Path, depth: int = 5, most: int | None = None) -> list[Path
             looked += 1
             if most is not None and looked > _FOLDERS_LOOKED_AT:
                 return found
-            for child in sorted(folder.iterdir()):
+            try:
+                children = sorted(folder.iterdir())
+            except PermissionError:
+                continue
+            for child in children:
                 if child.is_dir() and not child.is_symlink():
                     below.append(child)
                 elif child.suffix.lower() in SUFFIXES and (most is None or _is_hdf5(child)):
