@@ -3,9 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from vidworld.config import to_mapping
 from vidworld.errors import CheckpointError, ConfigError, ContractError
+from vidworld.world.build import narrow
 from vidworld.world.spec import SamplerConfig, WorldSpec
 
 
@@ -80,3 +84,24 @@ def test_embodiments_are_found_by_name(world):
     assert world.spec.embodiment_index(None) == world.spec.embodiment_index("arm") == 0
     with pytest.raises(ContractError, match="got 'leg', expected one of 'arm'"):
         world.spec.embodiment_index("leg")
+
+
+def test_worlds_of_robots_that_see_alike_are_hashed_as_before(world) -> None:
+    """States and resumed runs know a world by its hash: new fields at their defaults are not in it."""
+    written = to_mapping(world.spec)
+    assert "layouts" not in written
+    assert not {"embodiment_views", "embodiment_heights", "embodiment_widths"} & written["shape"].keys()
+
+
+def test_one_robots_world_imagines_what_the_whole_one_does(new_world, contract, prompt) -> None:
+    whole = new_world(contracts=(contract("arm", 3, 4), contract("gripper", 2, 5))).double()
+    own = narrow(whole, ["gripper"])
+    assert own.spec.contracts == whole.spec.contracts[1:]
+    assert (own.spec.shape.action_dims, own.spec.shape.proprio_dims) == (2, 5)
+    given = prompt(whole, proprio=np.zeros((3, 5)), actions=np.zeros((2, 2)), embodiment="gripper")
+    with torch.no_grad():
+        a, b = (one.rollout(one.reset(given, 2), np.full((3, 2), 0.3)) for one in (whole, own))
+    torch.testing.assert_close(a.latents_BTVChw, b.latents_BTVChw, rtol=0, atol=1e-10)
+    torch.testing.assert_close(a.proprio_BTS[..., :5], b.proprio_BTS, rtol=0, atol=1e-10)
+    with pytest.raises(ContractError, match="embodiment"):
+        narrow(whole, ["hand"])
