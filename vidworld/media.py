@@ -3,10 +3,8 @@
 All pictures are uint8 RGB numpy arrays: frames_THWC [T, H, W, 3], image_HWC [H, W, 3].
 """
 
-import contextlib
 import io
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vidworld.errors import DataError
+from vidworld.files import write_atomic
 
 MAX_PIXELS = 4096 * 4096
 MAX_FRAMES = 20_000
@@ -209,19 +208,10 @@ def encode_jpeg(image_HWC: np.ndarray, *, quality: int = 88) -> bytes:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename. Makes the folder if there is none."""
+    """Write a file whole or not at all; makes the folder if there is none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    write_atomic(path, content)
 
 
 # Sizes and layouts

@@ -1,11 +1,14 @@
 """Datasets behind URLs: read through the cache, written and uploaded, and every way a network can fail."""
 
 import dataclasses
+import functools
 import hashlib
+import http.server
 import io
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +120,20 @@ def test_a_url_that_went_through_pathlib(url, dataset_dir):
 
 def test_file_urls(dataset_dir):
     assert ShardDataset.open(f"file://{dataset_dir}").read("ep-000000").meta["embodiment"] == "toy"
+
+
+def test_web_servers(dataset_dir):
+    """Python's own: it lists no folders and sends no ranges."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(dataset_dir))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        far = ShardDataset.open(url)
+        far.verify_all()
+        assert equal(far.read("ep-000002"), ShardDataset.open(dataset_dir).read("ep-000002"))
+        with pytest.raises(DataError, match=f"no manifest.json in {url}/nothing"):
+            ShardDataset.open(f"{url}/nothing")
+        server.shutdown()
 
 
 def test_a_shard_is_downloaded_once_and_read_offline_by_content(url, dataset_dir, monkeypatch):

@@ -6,7 +6,6 @@ the bytes do not depend on the number of workers. Interrupted work continues, se
 
 import dataclasses
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from vidworld.data.deliver import local_output
 from vidworld.data.manifest import SPLITS, Manifest, Quarantined, Sample, Shard
 from vidworld.data.measure import measure_contracts
 from vidworld.data.plan import ConvertOptions, Plan, make_plan, sample_key
-from vidworld.data.pool import Job, results
+from vidworld.data.pool import Job, num_cores, results
 from vidworld.data.prepare import Prepared
 from vidworld.data.shards import ShardWriter
 from vidworld.data.sources.base import Source
@@ -140,7 +139,7 @@ def _write_shards(plan: Plan, options: ConvertOptions, staging: Staging, job: Jo
 
     _check_budget(quarantined, budget, plan.total)
     pending = [episode_id for split in SPLITS for episode_id in todo[split]]
-    workers = min(options.workers or _cores(), max(len(pending), 1))
+    workers = min(options.workers or num_cores(), max(len(pending), 1))
     with results(job, pending, workers) as stream:
         prepared = watched(stream)
         for split in SPLITS:
@@ -205,7 +204,3 @@ def _tar_of(staging: Staging, shard: Shard) -> Path:
     path = staging.locate(shard)
     assert path is not None
     return path
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

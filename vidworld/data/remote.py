@@ -127,16 +127,14 @@ def _pieces(url: str, start: int, size: int) -> Iterator[bytes]:
     except _BrokenError:
         raise
     except Exception as error:
-        problem = _lasting(error, url)
-        if problem is not None:
-            raise problem from None
-        if not _is_transient(error):
-            raise
-        raise _BrokenError(_brief(error)) from None
+        raise _BrokenError(_passing(error, url)) from None
 
 
 def _chunks(file: BinaryIO, start: int, size: int) -> Iterator[bytes]:
-    file.seek(start)
+    try:
+        file.seek(start)
+    except ValueError:  # some web servers only send files from their beginning
+        raise _BrokenError("the server cannot send the rest of a file") from None
     while start < size:
         piece = file.read(min(CHUNK_BYTES, size - start))
         if not piece:
@@ -151,16 +149,10 @@ def _tried(url: str, work: Callable[[Any, str], T]) -> T:
         try:
             return work(*_filesystem(url))
         except Exception as error:
-            problem = _lasting(error, url)
-            if problem is not None:
-                raise problem from None
-            if not _is_transient(error):
-                raise
+            reason = _passing(error, url)
             if delay is None:
                 raise UnreachableError(
-                    f"cannot reach the storage ({len(DELAYS_S) + 1} tries)",
-                    where=shown(url),
-                    got=_brief(error),
+                    f"cannot reach the storage ({len(DELAYS_S) + 1} tries)", where=shown(url), got=reason
                 ) from None
             time.sleep(delay)
     raise AssertionError("the last try returns or raises")
@@ -215,9 +207,15 @@ def _lasting(error: Exception, url: str) -> Exception | None:
     return None
 
 
-def _is_transient(error: Exception) -> bool:
+def _passing(error: Exception, url: str) -> str:
+    """What to say of a failure that may pass by itself; raises for one that will not."""
+    problem = _lasting(error, url)
+    if problem is not None:
+        raise problem from None
     module = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | TimeoutError | EOFError) or module in _NETWORK
+    if not isinstance(error, OSError | TimeoutError | EOFError) and module not in _NETWORK:
+        raise error
+    return _brief(error)
 
 
 def _brief(error: Exception) -> str:
