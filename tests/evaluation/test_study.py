@@ -143,6 +143,11 @@ class Oracle(WorldModel):
 
     known: dict[bytes, tuple[torch.Tensor, np.ndarray]]
 
+    def _shown(self, state, latents_BTVChw):
+        """With the frame before them, since with a time stride a first latent is one frame."""
+        video = self.decode(torch.cat([state.newest.latents_BTVChw, latents_BTVChw], 1))
+        return to_video(video)[:, 1:]
+
     def rollout(self, state, actions, *, decode=True, **_):
         latents, proprio = [], []
         for row, actions_TA in enumerate(np.asarray(actions, np.float32)):
@@ -156,7 +161,7 @@ class Oracle(WorldModel):
         return Rollout(
             latents_BTVChw,
             torch.tensor(np.stack(proprio)),
-            self._video(state, latents_BTVChw) if decode else None,
+            self._shown(state, latents_BTVChw) if decode else None,
             state,
         )
 
