@@ -160,6 +160,14 @@ def test_an_error_in_a_process_is_one_line(videos: Path, tokenizer: ConvTokenize
     assert not (tmp_path / "none").exists()
 
 
+def test_a_launcher_is_told_what_to_do(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run(["encode", str(videos), "--tokenizer", "run", "--out", str(tmp_path / "none")]) == 2
+    assert "got 4 ranks; run it once, with --processes 4" in capsys.readouterr().err
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("batch_frames", [1, 4, 9, 100])
 def test_a_stream_in_batches_gives_the_bits_of_the_whole(batch_frames: int) -> None:

@@ -53,6 +53,10 @@ def _wan_space(config: Config) -> int:
     return 2 ** (len(config["dim_mult"]) - 1) * (config.get("patch_size") or 1)
 
 
+def _entry(name: str) -> Callable[[Config], int]:
+    return lambda config: int(config[name])
+
+
 def _ltx(name: str, patch: str) -> Callable[[Config], int]:
     def stride(config: Config) -> int:
         if config.get(name) is not None:
@@ -70,8 +74,8 @@ FAMILIES: Mapping[str, Family] = {
     "AutoencoderKLCosmos": Family(
         "whole",
         "latent_channels",
-        lambda config: config["temporal_compression_ratio"],
-        lambda config: config["spatial_compression_ratio"],
+        _entry("temporal_compression_ratio"),
+        _entry("spatial_compression_ratio"),
         "mean_std",
     ),
     "AutoencoderKLLTXVideo": Family(
@@ -84,8 +88,8 @@ FAMILIES: Mapping[str, Family] = {
     "AutoencoderKLHunyuanVideo15": Family(
         "whole",
         "latent_channels",
-        lambda config: config["temporal_compression_ratio"],
-        lambda config: config["spatial_compression_ratio"],
+        _entry("temporal_compression_ratio"),
+        _entry("spatial_compression_ratio"),
         "scaling_factor",
     ),
     "AutoencoderDC": Family(

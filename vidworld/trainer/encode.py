@@ -6,6 +6,7 @@ whatever the number of processes. Nothing is augmented: latents are those of the
 """
 
 import dataclasses
+import os
 import sys
 import time
 import warnings
@@ -64,6 +65,12 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld encode`."""
     options = parse(Options, arguments, prog=prog)
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(
+            "vidworld encode under a launcher",
+            got=f"{ranks} ranks",
+            fix=f"run it once, with --processes {ranks}: it starts its own and shares out the GPUs",
+        )
     tokenizer = load_tokenizer(options.tokenizer, dtype=options.dtype)
     assert isinstance(tokenizer, nn.Module)
     tokenizer.to(_device(options.device))
