@@ -287,7 +287,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         rows = "\n".join(f"  {word:<11}{one.options.__doc__}" for word, one in OPERATIONS.items())
         usage = f"usage: {prog} OPERATION SOURCE ... --out DIR [options]"
         print(f"{usage}\n\n{rows}\n\n{prog} OPERATION --help says more.")
-        return
+        raise SystemExit(0)
     if name not in OPERATIONS:
         near = difflib.get_close_matches(name, OPERATIONS, n=1)
         fix = f"did you mean {near[0]!r}?" if near else None
