@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vidworld"
 LEVELS = {
-    **dict.fromkeys(("errors", "config", "contract", "files", "types", "media", "output", "page", "plots"), 0),
+    **dict.fromkeys(
+        ("errors", "config", "contract", "files", "types", "media", "output", "page", "plots"), 0
+    ),
     **dict.fromkeys(("data", "tokenizers", "model", "diffusion", "lab"), 1),
     "world": 2,
     **dict.fromkeys(("trainer", "evaluation", "serving"), 3),

@@ -131,7 +131,7 @@ class ActionContract:
 
     @property
     def accepted_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest action [A] that `check_actions` lets through: as recorded, and half that range."""
+        """Lowest and highest action [A] that `check_actions` lets through: half the recorded range more."""
         low, high = np.array(self.action_statistics.minimum), np.array(self.action_statistics.maximum)
         margin = RANGE_MARGIN * (high - low) + 1e-6 + 1e-3 * np.maximum(np.abs(low), np.abs(high))
         return low - margin, high + margin

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidworld.data.order import ClipOrder, OrderKey, stream_keys, permute, rank_slice
+from vidworld.data.order import ClipOrder, OrderKey, permute, rank_slice, stream_keys
 from vidworld.errors import ConfigError, DataError
 
 KEY = OrderKey(
