@@ -52,7 +52,7 @@ class DemoOptions:
     out: Path = Path("outputs/demo")
     """Directory of everything that is made."""
     data: Path | None = None
-    """Your own logs (a LeRobot dataset) or shards; default: a small simulated robot."""
+    """Your own logs, of any format that `vidworld shard` reads, or shards; default: a small simulated robot."""
     size: str = "64x64"
     """WIDTHxHEIGHT that your logs are converted to."""
     episodes: int = 240
@@ -194,7 +194,7 @@ def _finish(options: DemoOptions, metrics: Mapping[str, Any], minutes: float) ->
         f"  report   {options.out / 'report' / 'report.html'}\n"
         f"  clips    {options.out / 'rollout' / 'grid.mp4'}, {options.out / 'sweep' / 'grid.mp4'}\n"
         "Next:\n"
-        "  make demo DATA=<a LeRobot dataset>            the same on your robot\n"
+        "  make demo DATA=<your logs>                    the same on your robot\n"
         f"  vidworld train {options.out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
         f"  vidworld.load('{options.out / 'world'}') in Python: see docs/simulator.md"
     )

@@ -77,16 +77,24 @@ def newest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def add_rows(
-    path: Path, values: Mapping[str, tuple[float, str]], *, device: str, command: str, packages: Sequence[str]
+    path: Path,
+    values: Mapping[str, tuple[float, str]],
+    *,
+    device: str,
+    command: str,
+    packages: Sequence[str] = (),
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append rows of name -> (value, unit) to a file, dated today, with the versions of `packages`."""
+    """Append rows of name -> (value, unit) to a file, dated today, with the versions of `packages`.
+
+    `measured` holds "versions" and "date" of figures that come from elsewhere.
+    """
     kept = json.loads(path.read_text()) if path.exists() else []
-    facts = {
-        "device": device,
+    here = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command,
     }
+    facts = {"device": device, **(measured or here), "command": command}
     kept += [{"name": name, "value": value, "unit": unit, **facts} for name, (value, unit) in values.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")

@@ -44,6 +44,8 @@ from vidworld.world.state import Rollout
 RECORD = "rollout.json"
 DEFAULT_FRAMES = 48
 STRIP_COLUMNS = 8
+LEAST_COLUMNS = 3
+"""With several cameras side by side, fewer columns stay readable."""
 STRIP_SAMPLES = 4
 GRID_SAMPLES = 15
 SWEEP_ROWS = 12
@@ -273,13 +275,15 @@ def _write_videos(
     if actions.labels:
         picture = _sweep_strip(samples[0][1][last:], actions.labels, spec.fps)
     else:
-        picture = _strip(recorded | dict(samples[:STRIP_SAMPLES]), last, video_NTVHWC.shape[1], spec.fps)
+        columns = max(LEAST_COLUMNS, STRIP_COLUMNS // len(spec.views))
+        shown = recorded | dict(samples[:STRIP_SAMPLES])
+        picture = _strip(shown, last, video_NTVHWC.shape[1], spec.fps, columns)
     media.write_png(folder / "strip.png", picture)
 
 
-def _strip(rows: dict[str, np.ndarray], last: int, total: int, fps: float) -> np.ndarray:
+def _strip(rows: dict[str, np.ndarray], last: int, total: int, fps: float, columns: int) -> np.ndarray:
     """A row for each sample: the last known frame (index `last`), then imagined ones."""
-    steps = sorted({round(step) for step in np.linspace(1, total, min(STRIP_COLUMNS, total))})
+    steps = sorted({round(step) for step in np.linspace(1, total, min(columns, total))})
     labels = ["prompt", *(f"+{step / fps:.1f} s" for step in steps)]
     return media.strip(rows, [last, *(last + step for step in steps)], labels=labels)
 
