@@ -52,7 +52,7 @@ class DemoOptions:
     out: Path = Path("outputs/demo")
     """Directory of everything that is made."""
     data: Path | None = None
-    """Your own logs, of any format that `vidworld shard` reads, or shards; default: a small simulated robot."""
+    """Your own logs, of any format that `vidworld shard` reads, or shards; default: a simulated robot."""
     size: str = "64x64"
     """WIDTHxHEIGHT that your logs are converted to."""
     episodes: int = 240

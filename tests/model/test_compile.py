@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -5,8 +7,22 @@ from torch._dynamo.testing import CompileCounter
 
 from vidworld.model import attention
 from vidworld.model.compile import compile_blocks
-from vidworld.model.inputs import Streams
+from vidworld.model.inputs import FrameShape, Streams
 from vidworld.model.two_stream import ingest, target_predictor
+
+SHAPE = FrameShape(
+    views=2,
+    channels=3,
+    height=4,
+    width=6,
+    proprio_dims=5,
+    action_dims=4,
+    actions_per_frame=2,
+    num_embodiments=2,
+    embodiment_action_dims=(4, 2),
+    embodiment_proprio_dims=(3, 5),
+)
+TWO_ROBOTS = replace(SHAPE, embodiment_views=(1, 2), embodiment_heights=(4, 2), embodiment_widths=(4, 6))
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +84,10 @@ def test_flex_traces_into_the_blocks(make_model, make_clip, difference, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "xformers"])
-def test_compiled_training_on_cuda(make_model, make_clip, backend):
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("sdpa", SHAPE), ("flex", SHAPE), ("xformers", SHAPE), ("sdpa", TWO_ROBOTS)]
+)
+def test_compiled_training_on_cuda(make_model, make_clip, backend, shape):
     """bf16 autocast, forward and backward, close to the same model in float64 on the CPU."""
     reason = attention.probe(backend, "cuda", torch.bfloat16)
     if reason is not None:
@@ -83,12 +101,12 @@ def test_compiled_training_on_cuda(make_model, make_clip, backend):
         loss.backward()
         return loss.item(), actions.grad.cpu().double()
 
-    context, targets = make_clip(seed=1), make_clip(seed=2)
+    context, targets = make_clip(shape=shape, seed=1), make_clip(shape=shape, seed=2)
     on_gpu = [clip.to(torch.float32, "cuda") for clip in (context, targets)]
-    model = compile_blocks(make_model(attention=backend).float().cuda().requires_grad_(True))
+    model = compile_blocks(make_model(shape, attention=backend).float().cuda().requires_grad_(True))
     with torch.autocast("cuda", torch.bfloat16):
         loss, gradient = loss_and_gradient(model, *on_gpu)
-    expected_loss, expected_gradient = loss_and_gradient(make_model(), context, targets)
+    expected_loss, expected_gradient = loss_and_gradient(make_model(shape), context, targets)
     assert loss == pytest.approx(expected_loss, rel=0.05)
     assert torch.cosine_similarity(gradient.flatten(), expected_gradient.flatten(), dim=0) > 0.98
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
