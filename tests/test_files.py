@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from vidworld.files import anchored, sha256_of, url_of, write_atomic
+from vidworld.errors import ConfigError
+from vidworld.files import anchored, require_local, sha256_of, url_of, write_atomic
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -57,3 +58,9 @@ def test_urls_survive_pathlib(url):
 def test_paths_are_no_urls(path):
     assert url_of(path) is None
     assert anchored(Path(path)).is_absolute()
+
+
+def test_outputs_that_must_be_local():
+    assert require_local(Path("runs/a"), "--out") == Path("runs/a")
+    with pytest.raises(ConfigError, match=r"--out: got s3://bucket/run, expected a local folder"):
+        require_local(Path("s3://bucket/run"), "--out")

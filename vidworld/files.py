@@ -6,6 +6,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from vidworld.errors import ConfigError
+
 PARTIAL_SUFFIX = ".partial"
 """Ends the hidden name of a file that is still being written."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,3})(?=[^/])")
@@ -46,6 +48,13 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_local(location: Path, flag: str) -> Path:
+    """The path of an output that is written piece by piece, which storage behind a URL cannot be."""
+    if url := url_of(location):
+        raise ConfigError(flag, got=url, expected="a local folder", fix="copy it to the storage afterwards")
+    return location
 
 
 def url_of(location: Path | str) -> str | None:

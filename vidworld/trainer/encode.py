@@ -26,6 +26,7 @@ from vidworld.data.manifest import MANIFEST, SPLITS, Manifest, Shard
 from vidworld.data.shards import ShardDataset
 from vidworld.data.staging import Staging, existing, locked
 from vidworld.errors import ConfigError, DataError, require
+from vidworld.files import require_local
 from vidworld.tokenizers.base import ChannelStatistics, Tokenizer, check_size, to_unit_range, usable_frames
 from vidworld.tokenizers.pretrained import DType, PretrainedTokenizer
 from vidworld.tokenizers.store import FOLDER, load_tokenizer, restore_statistics, save_tokenizer
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             got=f"{ranks} ranks",
             fix=f"run it once, with --processes {ranks}: it starts its own and shares out the GPUs",
         )
+    require_local(options.out, "--out")
     tokenizer = load_tokenizer(options.tokenizer, dtype=options.dtype)
     assert isinstance(tokenizer, nn.Module)
     tokenizer.to(_device(options.device))

@@ -15,6 +15,7 @@ from torch import nn
 
 from vidworld.config import parse, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
+from vidworld.files import require_local
 from vidworld.model.embodiments import carry_over
 from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         case WorldTraining():
             default = WorldOptions(config=path, out=out, training=training)
             options = parse(WorldOptions, arguments, prog=prog, default=default)
-    run = options.out or Path("runs") / path.stem
+    run = require_local(options.out or Path("runs") / path.stem, "--out")
     train(options.training, run, resume=options.resume, overwrite=options.overwrite)
     if _rank() == 0:
         print(f"{run}: done; {_next_command(options.training, run)}")

@@ -15,19 +15,18 @@ import json
 import string
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from vidworld.config import digest
 from vidworld.data import lerobot_format as lerobot
 from vidworld.data.sources.naming import guess_dimension, view_name
-from vidworld.data.sources.video_file import MAX_PIXELS, part_of_video, whole_video
+from vidworld.data.sources.picture import decode_picture
+from vidworld.data.sources.video_file import part_of_video, whole_video
 from vidworld.errors import DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
 
@@ -388,12 +387,4 @@ def _decode_images(path: Path, key: str, index: int) -> Iterator[np.ndarray]:
         content = picture.get("bytes") if isinstance(picture, dict) else picture
         if not isinstance(content, bytes):
             raise DataError(f"no picture in row {row} of {key}", where=path)
-        try:
-            image = Image.open(BytesIO(content), formats=("PNG", "JPEG"))
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"size of picture {row} of {key}", where=path, got=f"{image.width}x{image.height}"
-                )
-            yield np.asarray(image.convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(f"damaged picture {row} of {key}", where=path, got=error) from None
+        yield decode_picture(content, f"picture {row} of {key}", path)
