@@ -44,7 +44,7 @@ types: setup
 	$(BIN)/pyright
 
 pytest: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -7,11 +7,12 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Protocol
 
 from vidworld.data.manifest import Quarantined
@@ -61,7 +62,8 @@ def results(job: Work, episode_ids: Sequence[str], workers: int) -> Iterator[Ite
     Raises VidworldError when a worker process dies.
     """
     if workers <= 1:
-        yield map(job.run, episode_ids)
+        with _interruptible(map(job.run, episode_ids)) as made:
+            yield made
         return
     try:
         pickle.dumps(job)
@@ -74,7 +76,9 @@ def results(job: Work, episode_ids: Sequence[str], workers: int) -> Iterator[Ite
     # Spawned, not forked: a fork of a process with threads (torch, OpenMP) may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job,))
     try:
-        yield _in_order(lambda episode_id: pool.submit(_work, episode_id), episode_ids, ahead=2 * workers + 2)
+        in_order = _in_order(lambda id_: pool.submit(_work, id_), episode_ids, ahead=2 * workers + 2)
+        with _interruptible(in_order) as made:
+            yield made
     except BrokenProcessPool:
         raise VidworldError(
             "a worker process died: out of memory (use fewer workers), or a script without the "
@@ -82,6 +86,35 @@ def results(job: Work, episode_ids: Sequence[str], workers: int) -> Iterator[Ite
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interruptible(made: Iterable[Result]) -> Iterator[Iterator[Result]]:
+    """Results that stop after an interrupt at the keyboard, also after one that Python has lost.
+
+    Python swallows a KeyboardInterrupt that hits while an object is being freed.
+    """
+    handled = threading.current_thread() is threading.main_thread()
+    if not handled or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield iter(made)
+        return
+    interrupted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    def watched() -> Iterator[Result]:
+        for result in made:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            yield result
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield watched()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _in_order(

@@ -190,7 +190,7 @@ def test_interrupt_ends_cleanly(lerobot_v2, tmp_path):
     os.killpg(running.pid, signal.SIGINT)
     running.send_signal(signal.SIGCONT)
     _, error = running.communicate(timeout=30)
-    assert running.returncode == 130
+    assert running.returncode == 130, error
     assert "interrupted" in error
     assert "Traceback" not in error
     assert not (out / "manifest.json").exists()
