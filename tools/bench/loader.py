@@ -1,4 +1,5 @@
-"""Measure the loader: frames per CPU second from video and latent shards, and against the source's own mp4s.
+"""Measure the loader: frames per CPU second from video and latent shards, and against the source's own mp4s;
+and the conversion of 640x480 mp4s into shards.
 
     python tools/bench/loader.py path/to/lerobot_v21_dataset
 
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
         ("loader.ratio_vs_mp4.latents", small["latents"] / small["mp4"], ratio),
         ("loader.ratio_vs_mp4.native_size", native["video"] / native["mp4"], ratio),
         ("loader.order_us.clips1e7_b64", order_us(), "us"),
+        ("convert.frames_per_s_core", small["convert"], unit),
+        ("convert.times_real_time_30fps", small["convert"] / 30, ratio),
     ]
     rows += start_rows(options)
     write_rows(options, rows)
@@ -100,7 +103,9 @@ def measure(options: Options, size: str, work: Path) -> dict[str, float]:
     plan = ConvertOptions(
         out=work / "video", size=size, max_episodes=options.max_episodes, val_fraction=0, workers=1
     )
-    convert(source, plan)
+    began = time.process_time()
+    manifest = convert(source, plan)
+    converted = sum(sample.frames for sample in manifest.samples()) / (time.process_time() - began)
     dataset = ShardDataset.open(work / "video")
     latents = ShardDataset.open(write_latents(dataset, work / "latents"))
     config = LoaderConfig(
@@ -125,7 +130,8 @@ def measure(options: Options, size: str, work: Path) -> dict[str, float]:
     for _ in range(options.rounds):
         for name, reader in readers.items():
             found[name].append(frames_per_cpu_s(reader, options.seconds))
-    return {name: statistics.median(values) for name, values in found.items()}
+    rates = {name: statistics.median(values) for name, values in found.items()}
+    return rates | {"convert": converted}
 
 
 START_EPISODES, START_FRAMES, START_SHARD = 10_000, 64, 64

@@ -92,7 +92,7 @@ class ClipReader:
     def read(self, key: str, start: int) -> Clip:
         """One clip. Raises DataError when it cannot be read."""
         if self._cache is None:
-            arrays = self.dataset.read_clip(key, start, self.length)
+            arrays = self.dataset.read_clip(key, start, self.length, notes=False)
         else:
             arrays = _window(self._cache.get(key), start, self.length, self._time_stride)
         return Clip(start, arrays, self._embodiment_of[key])

@@ -212,10 +212,12 @@ class ShardDataset:
         """Read a whole episode."""
         return self.read_clip(key, 0, self.sample(key).frames)
 
-    def read_clip(self, key: str, start: int, length: int, *, pictures: bool = True) -> EpisodeArrays:
+    def read_clip(
+        self, key: str, start: int, length: int, *, pictures: bool = True, notes: bool = True
+    ) -> EpisodeArrays:
         """Read frames `start` to `start + length` of an episode, decoding only those.
 
-        Without `pictures`, neither video nor latents are read.
+        Without `pictures`, neither video nor latents are read; without `notes`, neither timestamps nor meta.
         Latents with a time stride k need `start` and `length - 1` divisible by k.
         """
         shard, sample = self._locate(key)
@@ -238,8 +240,8 @@ class ShardDataset:
                 latents=self._latents(reader, rows) if pictures and self.manifest.kind == "latents" else None,
                 actions_TA=table("actions.npy", (len(contract.action),), ("float32",)),
                 proprio_TS=table("proprio.npy", (len(contract.proprio),), ("float32",)),
-                timestamps_T=table("timestamps.npy", (), ("float64", "float32")),
-                meta=reader.json("meta.json"),
+                timestamps_T=table("timestamps.npy", (), ("float64", "float32")) if notes else np.zeros(0),
+                meta=reader.json("meta.json") if notes else {},
             )
 
     def members(self, key: str) -> dict[str, bytes]:

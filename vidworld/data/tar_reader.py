@@ -4,6 +4,7 @@ A tar has no integrity of its own: a flipped bit or a cut can silently shorten i
 would give half samples. Nothing here is trusted before it agrees with the manifest.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -168,21 +169,19 @@ class MemberReader:
     def rows(self, suffix: str, rows: slice, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> np.ndarray:
         """Rows of a `.npy` of known shape and dtype, reading no others; objects are never unpickled."""
         member = self.opened.members[self.sample.key][suffix]
-        head = io.BytesIO(self._pread(suffix, member.offset, min(member.size, HEADER_BYTES)))
+        head = self._pread(suffix, member.offset, min(member.size, HEADER_BYTES))
         try:
-            version = np.lib.format.read_magic(head)
-            if version != (1, 0):
-                raise ValueError(f"npy version {version}")
-            found, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+            end = 10 + int.from_bytes(head[8:10], "little")
+            found, fortran, dtype, header_bytes = _npy_header(head[:end])
         except ValueError as error:
             raise self.bad(suffix, str(error), "an npy file of version 1.0") from None
         allowed = [np.dtype(name).newbyteorder("<").str for name in dtypes]
         if found != shape or fortran or dtype.str not in allowed:
             raise self.bad(suffix, f"{dtype} {found}", f"{' or '.join(dtypes)} {shape} in C order")
         row_bytes = dtype.itemsize * math.prod(shape[1:])
-        if head.tell() + shape[0] * row_bytes != member.size:
-            raise self.bad(suffix, f"{member.size} bytes", f"{head.tell() + shape[0] * row_bytes} bytes")
-        count, first = rows.stop - rows.start, member.offset + head.tell() + rows.start * row_bytes
+        if header_bytes + shape[0] * row_bytes != member.size:
+            raise self.bad(suffix, f"{member.size} bytes", f"{header_bytes + shape[0] * row_bytes} bytes")
+        count, first = rows.stop - rows.start, member.offset + header_bytes + rows.start * row_bytes
         content = bytearray(self._pread(suffix, first, count * row_bytes))
         return np.frombuffer(content, dtype).reshape(count, *shape[1:])
 
@@ -201,6 +200,16 @@ class MemberReader:
                 return piece
             pieces += piece
         return bytes(pieces)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, Fortran order, dtype and length of an npy header; parsing costs as much as reading a clip."""
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version}")
+    return *np.lib.format.read_array_header_1_0(stream), stream.tell()
 
 
 def _fingerprint(handle: int) -> tuple[int, int, int]:
