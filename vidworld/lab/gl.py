@@ -1,0 +1,82 @@
+"""MuJoCo with an OpenGL that needs no display: OSMesa (software, same pixels everywhere) or EGL.
+
+Import `mujoco` from here, so that the back end is chosen before MuJoCo is loaded. Physics works without any;
+only `offscreen` needs one.
+"""
+
+import atexit
+import ctypes
+import functools
+import importlib
+import os
+import sys
+from typing import Any
+
+from vidworld.errors import ConfigError, require
+
+_LIBRARIES = {
+    "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"),
+    "egl": ("libEGL.so.1", "libEGL.so"),
+}
+INSTALL = "run: apt-get install libosmesa6 (as root), or install a GPU driver with EGL"
+
+
+def available() -> list[str]:
+    """Back ends that can be tried, the preferred one first; `MUJOCO_GL` narrows the choice to one."""
+    if sys.platform != "linux":
+        return ["glfw"]
+    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    names = [chosen] if chosen in _LIBRARIES else list(_LIBRARIES)
+    return [name for name in names if any(_loads(library) for library in _LIBRARIES[name])]
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _load() -> Any:
+    """MuJoCo, told which back end to use; software rendering on one thread, as one episode has one core."""
+    found = available()
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    if found and "mujoco" not in sys.modules:
+        os.environ["MUJOCO_GL"] = found[0]
+    elif not found:
+        # Physics alone: MuJoCo would otherwise fail at import where a back end is named and missing.
+        os.environ["MUJOCO_GL"] = "disable"
+    return require("mujoco", "lab")
+
+
+mujoco: Any = _load()
+
+
+@functools.lru_cache(maxsize=1)
+def offscreen(size: int) -> Any:
+    """A current OpenGL context for pictures of `size` pixels, one a process.
+
+    Raises ConfigError that says what to install when no back end works.
+    """
+    reasons = []
+    for name in available():
+        try:
+            context = importlib.import_module(f"mujoco.{name}").GLContext(size, size)
+            context.make_current()
+        except Exception as error:  # each back end fails in its own way, all of them mean: not here
+            reasons.append(f"{name}: {type(error).__name__}")
+        else:
+            # Freed here, because its own finaliser runs after OpenGL is gone and complains.
+            atexit.register(context.free)
+            return context
+    raise ConfigError("no headless OpenGL", got="; ".join(reasons) or "neither OSMesa nor EGL", fix=INSTALL)
+
+
+def can_render() -> bool:
+    """Whether pictures can be drawn here."""
+    try:
+        offscreen(64)
+    except ConfigError:
+        return False
+    return True
