@@ -136,7 +136,8 @@ def measure(options: Options, size: str, work: Path) -> dict[str, float]:
 
 START_EPISODES, START_FRAMES, START_SHARD = 10_000, 64, 64
 START = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 began = float(sys.argv[2])
 from vidworld.data.loader import LoaderConfig, make_loader
 from vidworld.data.shards import ShardDataset
@@ -144,7 +145,9 @@ imported = time.time()
 config = LoaderConfig(clip_frames=16, batch_size=16, workers=0)
 next(iter(make_loader(ShardDataset.open(sys.argv[1]), "train", config, seed=0)))
 done = time.time()
-gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+# Not ru_maxrss, which a child inherits from its parent.
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+gb = int(status["VmHWM"].split()[0]) * 1024 / 1e9
 print(json.dumps({"start_s": done - began, "open_s": done - imported, "gb": gb}))
 """
 """A process of its own: from its start, imports included, to the first batch in memory."""
