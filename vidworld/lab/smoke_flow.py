@@ -347,7 +347,7 @@ class SmokeFlow:
         if config.confinement:
             confine(self.u, self.v, self.w, F(config.confinement * dt), *self._cells[:4])
         self.pressure.set_solids(solids, config.cell, self.origin_3)
-        self.pressure.project(self.u, self.v, self.w, 0.5 * MAX_DIVERGENCE * config.cell / dt)
+        self.pressure.project(self.u, self.v, self.w, 0.7 * MAX_DIVERGENCE * config.cell / dt)
         self._advect(scale)
         keep, cool = F(np.exp(-config.decay * dt)), F(np.exp(-config.cooling * dt))
         settle(self.density, self.temperature, self.pressure.fluid, self._fade, keep, cool)

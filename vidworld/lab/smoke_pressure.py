@@ -242,6 +242,7 @@ class Pressure:
         self.fluid[:, :, 0] = 0
         self.solid_velocity = np.zeros((*shape, 3), F)
         self._solution, self._direction = np.zeros(padded, F), np.zeros(padded, F)
+        self._guess = np.zeros(padded, F)
         self._residual, self._product = np.zeros(shape, F), np.zeros(shape, F)
         self._reached = np.zeros(padded, np.uint8)
         self.iterations = 0
@@ -276,14 +277,17 @@ class Pressure:
         """
         impose_solids(self.fluid, self.solid_velocity, u, v, w)
         self.iterations = 0
+        # Most of the pressure is that of the step before.
+        subtract_gradient(self._guess, self.fluid, u, v, w)
         # Each pass starts from the velocities themselves, so that the last one works on small numbers and
         # float32 rounding of a large pressure does not limit the divergence.
         for attempt in range(6):
             worst = outflow(u, v, w, self.fluid, self._residual)
             if worst <= tolerance or not np.isfinite(worst):
                 break
-            self._descend(0.002 * float(worst) if attempt == 0 else 0.5 * tolerance)
+            self._descend(0.002 * float(worst) if attempt == 0 else 0.8 * tolerance)
             subtract_gradient(self._solution, self.fluid, u, v, w)
+            self._guess += self._solution
         worst = float(outflow(u, v, w, self.fluid, self._residual))
         if not worst <= tolerance:
             raise ProjectionError(

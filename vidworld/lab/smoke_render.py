@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidworld.errors import ConfigError, require
+from vidworld.lab.effect import Camera
 from vidworld.lab.smoke_flow import F, bounds, sample
 
 require("numba", "lab")
@@ -32,15 +33,6 @@ class SmokeLook:
     """Light of the sun on smoke that nothing shades."""
     shadow: float = 0.55
     """How dark a surface becomes in the full shadow of the smoke; 0: no shadow."""
-
-
-@dataclass(frozen=True)
-class Pinhole:
-    """A camera; columns of the rotation are right, up and back, as in MuJoCo."""
-
-    position_3: np.ndarray
-    rotation_33: np.ndarray
-    fovy_deg: float
 
 
 @njit(cache=True, nogil=True)
@@ -197,7 +189,7 @@ def draw_smoke(
     *,
     cell: float,
     origin_3: np.ndarray,
-    camera: Pinhole,
+    camera: Camera,
     light_direction_3: np.ndarray,
     look: SmokeLook,
     step: float = 1.0,
