@@ -138,7 +138,13 @@ class Canvas:
     @property
     def volume_P(self) -> np.ndarray:
         """Paint on the canvas by colour, mL."""
-        return self.film_NNP.sum((0, 1)) * self.texel_ml
+        return self.film_NNP[self._painted].sum((0, 1)) * self.texel_ml
+
+    @property
+    def _painted(self) -> tuple[slice, slice]:
+        """The window outside of which there is no paint."""
+        top, bottom, left, right = self.box_4
+        return slice(top, max(bottom, top)), slice(left, max(right, left))
 
     def stroke(self, brush: Brush, start_K3: np.ndarray, end_K3: np.ndarray, depletion: float) -> bool:
         """Drag the tips of a brush along straight lines in canvas coordinates; w > 0 is pressed in.
@@ -198,13 +204,20 @@ class Canvas:
 
     def streak(self, opacity: float = 0.35) -> np.ndarray:
         """Where paint is seen, bool [N, N]: the film hides at least `opacity` of the canvas."""
-        return self.film_NNP.sum(2) > -OPAQUE_UM * np.log1p(-opacity)
+        seen = np.zeros(self.film_NNP.shape[:2], bool)
+        seen[self._painted] = self.film_NNP[self._painted].sum(2) > -OPAQUE_UM * np.log1p(-opacity)
+        return seen
+
+    @property
+    def lowest(self) -> float:
+        """How far down paint is seen: 0 for none, 1 at the lower edge."""
+        rows = np.flatnonzero(self.streak().any(1))
+        return float(rows[-1] + 1) / len(self.film_NNP) if len(rows) else 0.0
 
     def coverage_P(self) -> np.ndarray:
         """Share of the canvas that is seen painted, by the paint that is most of the film."""
-        streak = self.streak()
-        most = self.film_NNP.argmax(2)
-        return np.array([(streak & (most == paint)).mean() for paint in range(len(self.paints))])
+        most = self.film_NNP[self._painted].argmax(2)[self.streak()[self._painted]]
+        return np.bincount(most, minlength=len(self.paints)) / self.film_NNP[..., 0].size
 
 
 def weave(texels: int, rng: np.random.Generator) -> np.ndarray:
