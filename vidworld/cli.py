@@ -25,7 +25,7 @@ COMMANDS = {
     "export-dataset": Command(
         "vidworld.data.export_lerobot:main", "write a dataset as LeRobot v3.0, for other tools"
     ),
-    "lab": Command("vidworld.demo:lab_main", "make episodes with a ground-truth simulator"),
+    "lab": Command("vidworld.lab_command:main", "make episodes with a ground-truth simulator"),
     "encode": Command("vidworld.trainer.encode:main", "turn video shards into latent shards"),
     "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
     "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),

@@ -13,36 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 import yaml
 
 from vidworld.cli import run_command
 from vidworld.config import parse
 from vidworld.errors import ConfigError
 
-KINDS = ("planar",)
 CONTEXT = 4
 MARK = "demo.json"
 """Written first, so that `--overwrite` only ever empties a directory that a demo made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabOptions:
-    """Make episodes with a ground-truth simulator and write them as shards."""
-
-    kind: tyro.conf.Positional[str]
-    """`planar`: an arm that pushes a disc and paints a streak."""
-    out: Path
-    """Directory of the dataset."""
-    episodes: int = 240
-    frames: int = 48
-    """Frames of an episode, at 10 Hz."""
-    size: int = 64
-    """Pixels of a side, divisible by 16."""
-    seed: int = 0
-    """Seed of the first episode; the next ones count up from it."""
-    workers: int | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +43,6 @@ class DemoOptions:
     seed: int = 0
     overwrite: bool = False
     """Replace what an earlier demo left in `out`."""
-
-
-def lab_main(arguments: Sequence[str], prog: str) -> None:
-    """The command `vidworld lab`."""
-    from vidworld.data.convert import ConvertOptions, convert
-    from vidworld.lab.planar import PlanarConfig, PlanarSource
-
-    options = parse(LabOptions, arguments, prog=prog)
-    if options.kind not in KINDS:
-        raise ConfigError("simulated world", got=options.kind, expected=" or ".join(KINDS))
-    for name in ("episodes", "frames"):
-        if getattr(options, name) < 2:
-            raise ConfigError(f"--{name}", got=getattr(options, name), expected="at least 2")
-    source = PlanarSource(options.episodes, options.seed, PlanarConfig(options.frames, options.size))
-    size = f"{options.size}x{options.size}"
-    settings = ConvertOptions(
-        out=options.out, size=size, workers=options.workers, overwrite=options.overwrite
-    )
-    manifest = convert(source, settings)
-    print(f"{options.out}: {len(manifest.samples())} episodes; next: vidworld inspect {options.out}")
 
 
 def main(arguments: Sequence[str], prog: str) -> None:

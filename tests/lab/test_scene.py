@@ -39,7 +39,7 @@ def planner() -> ArmPlanner:
 def make_scene(seed: int = 0, size: int = 64) -> scene.Scene:
     effect = Nothing()
     look = scene.sample_look(np.random.default_rng(seed), effect.framing, "full")
-    return scene.Scene(effect, look, {}, size)
+    return scene.Scene(effect, look, {}, size)  # type: ignore[arg-type]
 
 
 def test_inverse_kinematics_inverts_forward_kinematics(planner):

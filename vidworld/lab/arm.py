@@ -123,6 +123,11 @@ def load_arm(robot: Path | None = None) -> Any:
     for body in spec.bodies:
         if body.name != "world":
             body.gravcomp = 1
+            # The arm meets the world (contype 1) and never itself.
+            for geom in body.geoms:
+                if geom.contype or geom.conaffinity:
+                    geom.contype, geom.conaffinity = 2, 1
+    _forget_defaults(spec)
     for name, stiffness, damping, torque in zip(JOINTS, STIFFNESS, DAMPING, TORQUE, strict=True):
         _add_servo(spec, name, stiffness, damping, torque)
     for name in FINGERS:
@@ -141,6 +146,28 @@ def home_of(spec: Any, robot: Path | None) -> np.ndarray:
         if key.name == "home":
             return np.array(key.qpos[model.jnt_qposadr[ids]], float)
     return model.jnt_range[ids].mean(axis=1)
+
+
+def _forget_defaults(spec: Any) -> None:
+    """Reset the file's main defaults, which the table and the objects added later would take over."""
+    plain = mujoco.MjSpec().default
+    for name in (
+        "contype",
+        "conaffinity",
+        "condim",
+        "group",
+        "priority",
+        "density",
+        "margin",
+        "gap",
+        "solmix",
+    ):
+        setattr(spec.default.geom, name, getattr(plain.geom, name))
+    for name in ("friction", "solref", "solimp", "rgba"):
+        setattr(spec.default.geom, name, list(getattr(plain.geom, name)))
+    spec.default.geom.material = ""
+    for name in ("armature", "frictionloss", "margin"):
+        setattr(spec.default.joint, name, getattr(plain.joint, name))
 
 
 def _add_servo(spec: Any, joint: str, stiffness: float, damping: float, limit: float) -> None:

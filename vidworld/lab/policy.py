@@ -19,14 +19,14 @@ def random_motion(
     rng: np.random.Generator,
     arm: ArmPlanner,
     frames: int,
-    low_3: Sequence[float],
-    high_3: Sequence[float],
+    low_3: Sequence[float] | np.ndarray,
+    high_3: Sequence[float] | np.ndarray,
     focus_N3: np.ndarray | None = None,
 ) -> Plan | None:
-    """Frozen commands that explore the box from `low_3` to `high_3` (metres), or None if none is reachable.
+    """Frozen commands that explore the box from `low_3` to `high_3` (metres), or None if none is found.
 
-    Half of them are Ornstein-Uhlenbeck noise (Uhlenbeck and Ornstein, 1930) on the tool's velocity, half reach
-    for random points; with `focus_N3` a good part of the points are near those.
+    Half of them are Ornstein-Uhlenbeck noise (Uhlenbeck and Ornstein, 1930) on the tool's velocity, half go
+    to random points; with `focus_N3` a good part of the points are near those.
     """
     low, high = np.asarray(low_3, float), np.asarray(high_3, float)
     for _ in range(ATTEMPTS):

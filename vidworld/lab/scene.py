@@ -1,4 +1,4 @@
-"""The scene that every effect plays in: table, light, backdrop, camera and arm; physics steps and pictures."""
+"""The scene that every effect plays in: table, light, backdrop, camera, arm; physics steps and pictures."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,7 +132,7 @@ class Scene:
     # Physics
 
     def start(self, joints_J: np.ndarray, gripper: float) -> None:
-        """Back to the first state, with the arm at rest in a posture and its fingers `gripper` (0..1) open."""
+        """Back to the first state: the arm rests in a posture, its fingers `gripper` (0..1) open."""
         mujoco.mj_resetData(self.model, self.data)
         self._target_J, self._gripper = np.array(joints_J, float), float(gripper)
         self.data.qpos[self._arm_qpos] = joints_J
@@ -143,7 +143,7 @@ class Scene:
     def step_frame(
         self, target_J: np.ndarray, gripper: float, each: Callable[[float], None], every: int = 1
     ) -> None:
-        """Advance one frame towards joint targets, interpolated linearly; `each(dt)` after every `every` steps.
+        """Advance one frame towards joint targets, set linearly; `each(dt)` after every `every` steps.
 
         Raises DataError when the physics diverges.
         """
@@ -218,9 +218,10 @@ class Scene:
         return self._opened().geoms()
 
     def upload_texture(self, name: str) -> None:
-        """Send a texture that was changed in `model.tex_data` to the renderer."""
-        index = self.model.texture(name).id
-        mujoco.mjr_uploadTexture(self.model, self._opened().context, index)
+        """Send a texture that was changed in `model.tex_data` to the renderer, if there is one yet."""
+        if self._pictures is not None:
+            index = self.model.texture(name).id
+            mujoco.mjr_uploadTexture(self.model, self._pictures.context, index)
 
     def _opened(self) -> "_Pictures":
         if self._pictures is None:
@@ -296,7 +297,9 @@ def _dress(spec: Any, look: Mapping[str, Any], camera: Camera) -> np.ndarray:
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     visual = spec.visual
-    visual.quality.shadowsize, visual.quality.offsamples = 1024, 0
+    visual.quality.shadowsize, visual.quality.offsamples = 768, 0
+    # Rounds are drawn coarser than by default: at these sizes it shows only in the time it takes.
+    visual.quality.numslices, visual.quality.numstacks, visual.quality.numquads = 18, 10, 1
     visual.global_.offwidth = visual.global_.offheight = 2 * camera.size
     visual.map.znear, visual.map.zfar, visual.map.shadowclip = 0.02, 8, 1.6
     spec.stat.extent, spec.stat.center = 1.0, [0.35, 0, 0.25]

@@ -33,13 +33,13 @@ def mottled(rng: np.random.Generator, size: int, colour_3: Any, strength: float)
 
 def planks(rng: np.random.Generator, size: int, colour_3: Any, boards: int = 4) -> np.ndarray:
     """Boards of wood with grain along x: uint8 [size, size, 3]."""
-    stretched = fractal_noise(rng, size, octaves=6)
+    stretched = fractal_noise(rng, size, octaves=4, coarsest=16)
     rows = np.arange(size)
     grain = np.stack(
         [np.convolve(np.tile(row, 3), np.ones(31) / 31, "same")[size : 2 * size] for row in stretched]
     )
     board = rows * boards // size
-    shade = 1 + 0.06 * rng.standard_normal(boards)[board][:, None] + 0.5 * grain
+    shade = 1 + 0.06 * rng.standard_normal(boards)[board][:, None] + 0.35 * grain
     shade[np.diff(board, prepend=board[-1]) != 0] *= 0.72
     return (np.clip(np.asarray(colour_3) * shade[..., None], 0, 1) * 255).astype(np.uint8)
 
