@@ -21,9 +21,14 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidworld needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
 
+# Headless OpenGL for the lab: installed here as root on Debian, asked for elsewhere, and never a failure.
+HEADLESS_GL = ldconfig -p 2>/dev/null | grep -q libOSMesa || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
+	apt-get -qq update && apt-get -qq install -y libosmesa6; } || echo "no OSMesa: the lab needs it or EGL (apt-get install libosmesa6)"
+
 setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e ".[dev]"
+	@$(HEADLESS_GL)
 	@touch $@ $(READY)
 
 # What training needs, without the tools of development.

@@ -5,7 +5,6 @@ vidworld lab show container --seed 3 --out outputs/show
 """
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import tyro
 
 from vidworld import media
 from vidworld.config import digest, parse, to_mapping
-from vidworld.errors import ConfigError, DataError, MissingDependencyError
+from vidworld.errors import ConfigError, DataError
 from vidworld.output import output_directory
 from vidworld.types import EmbodimentSpec, Episode, Video
 
@@ -97,10 +96,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 
 def kinds_known() -> list[str]:
-    """Every kind, `planar` first; only that one where MuJoCo is not installed."""
-    if importlib.util.find_spec("mujoco") is None:
-        return [PLANAR]
-    from vidworld.lab.episode import EFFECTS
+    """Every kind, `planar` first."""
+    from vidworld.lab.effect import EFFECTS
 
     return [PLANAR, *EFFECTS]
 
@@ -257,11 +254,6 @@ def _write_sheet(source: LabSource, path: Path) -> None:
 def _show(options: ShowOptions) -> None:
     """Save a clip, a strip with masks and the readouts of one episode."""
     if options.kind not in kinds_known()[1:]:
-        if importlib.util.find_spec("mujoco") is None:
-            raise MissingDependencyError(
-                "the package 'mujoco' is needed here and is not installed",
-                fix='run: pip install "vidworld[lab]"',
-            )
         raise ConfigError("simulated world", got=options.kind, expected=" or ".join(kinds_known()[1:]))
     from vidworld.lab.effect import FRAME_S
     from vidworld.lab.episode import LabConfig, generate

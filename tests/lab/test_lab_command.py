@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,13 +83,18 @@ def test_wrong_requests_leave_nothing(tmp_path, capsys, extra, message):
     assert not out.exists()
 
 
-def test_planar_needs_no_mujoco():
+def test_planar_needs_no_mujoco_and_the_others_say_how_to_install_it():
     assert kinds_known()[0] == "planar"
-    code = (
-        "import sys; sys.modules['mujoco'] = None; import vidworld.lab.planar, vidworld.lab_command; "
-        "assert 'numba' not in sys.modules"
-    )
-    import subprocess
-    import sys
-
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = """
+import importlib.util, sys
+from vidworld import cli, lab_command
+import vidworld.lab.planar
+assert lab_command.kinds_known()[0] == "planar"
+assert not {"numba", "mujoco"} & set(sys.modules)
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "mujoco" else found(name, *rest)
+sys.exit(cli.run(["lab", "rigid", "--out", "nowhere/at/all"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "vidworld[lab]" in done.stderr

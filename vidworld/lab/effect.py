@@ -20,6 +20,12 @@ PHYSICS_S = 0.004
 """Seconds of a physics step."""
 STEPS = 20
 """Physics steps of a frame."""
+EFFECTS: Mapping[str, str] = {
+    "rigid": "vidworld.lab.rigid:Rigid",
+    "container": "vidworld.lab.container:Container",
+    "paint": "vidworld.lab.paint:PaintEffect",
+}
+"""Kind -> where its effect is."""
 
 
 @dataclass(frozen=True)

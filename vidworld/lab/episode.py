@@ -18,7 +18,7 @@ import numpy as np
 
 from vidworld.contract import Dimension
 from vidworld.errors import ConfigError, DataError
-from vidworld.lab.effect import FRAME_S, BaseEffect, Plan
+from vidworld.lab.effect import EFFECTS, FRAME_S, BaseEffect, Plan
 from vidworld.lab.gl import mujoco
 from vidworld.lab.kinematics import ArmPlanner
 from vidworld.lab.scene import SIZES, Scene, halve, planner, sample_look
@@ -26,11 +26,6 @@ from vidworld.types import EmbodimentSpec
 
 VERSION = 1
 """Raise it when the same seed shows something else."""
-EFFECTS: Mapping[str, str] = {
-    "rigid": "vidworld.lab.rigid:Rigid",
-    "container": "vidworld.lab.container:Container",
-}
-"""Kind -> where its effect is."""
 ATTEMPTS = 40
 MOST_FRAMES = 256
 
