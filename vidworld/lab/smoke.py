@@ -91,13 +91,11 @@ class SmokeEffect(BaseEffect):
     explore_low_3 = (0.36, -0.22, 0.17)
     explore_high_3 = (0.6, 0.22, 0.36)
 
-    readout_noise: Mapping[str, float] = {
-        "smoke_l": 0.3,
-        "smoke_x": 0.015,
-        "smoke_y": 0.015,
-        "smoke_z": 0.015,
-    }
-    """What a camera tells of each readout, standard deviations; for the conditional distribution."""
+    readout_noise: Mapping[str, float] = {"smoke_l": 2.0, "smoke_x": 0.06, "smoke_y": 0.06, "smoke_z": 0.06}
+    """Standard deviation of what a camera tells of each readout, a frame; for the conditional distribution.
+
+    Errors of neighbouring frames are alike, so these are larger than the error of one frame.
+    """
 
     def __init__(self, config: FlowConfig | None = None) -> None:
         self.config = config or FlowConfig()
