@@ -49,7 +49,8 @@ types: setup
 	$(BIN)/pyright
 
 pytest: setup
-	$(BIN)/python -m pytest -n auto
+	@# One thread a worker: threads that wait for each other on busy cores cost minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
