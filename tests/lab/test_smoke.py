@@ -137,3 +137,19 @@ def test_masks_need_a_drawn_frame(planner):
     effect.reset(stage, visible, HIDDEN)
     with pytest.raises(ValueError, match="call draw first"):
         effect.masks(stage.camera)
+
+
+@needs_gl
+def test_an_episode_of_the_lab_repeats_and_tells_what_else_could_have_been():
+    from vidworld.lab.episode import LabConfig, conditional, generate, resimulate
+
+    episode = generate("smoke", 2, LabConfig(frames=14, size=64))
+    assert episode.frames_THWC.shape == (14, 64, 64, 3)
+    assert episode.masks_THW["smoke"].shape == (14, 64, 64)
+    again = resimulate(episode)
+    assert np.array_equal(again.frames_THWC, episode.frames_THWC)
+    early, late = (conditional(episode, k, 4) for k in (2, 14))
+    # Before smoke begins every draw is as good as any other; what is seen of it later tells them apart.
+    np.testing.assert_allclose(early.weights_N, 1 / 4)
+    assert late.effective_draws < 3.99
+    assert late.outcomes_NT["smoke_y"][:, -1].std() > 0.002

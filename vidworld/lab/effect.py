@@ -24,6 +24,8 @@ EFFECTS: Mapping[str, str] = {
     "rigid": "vidworld.lab.rigid:Rigid",
     "container": "vidworld.lab.container:Container",
     "paint": "vidworld.lab.paint:PaintEffect",
+    "smoke": "vidworld.lab.smoke:SmokeEffect",
+    "liquid": "vidworld.lab.liquid:LiquidEffect",
 }
 """Kind -> where its effect is."""
 
