@@ -60,7 +60,7 @@ def test_a_scribble_touches_and_leaves_the_canvas():
     rng = np.random.default_rng(0)
     depth = np.concatenate([UPRIGHT.local(scribble(rng, UPRIGHT, 64))[:, 2] for _ in range(20)])
     assert 0.1 < (depth > 0).mean() < 0.9
-    assert depth.max() <= 0.008 + 1e-9
+    assert depth.max() <= 0.009 + 1e-9
 
 
 def test_most_plans_are_reachable_and_their_tip_goes_where_the_paint_is():

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 DIP_Z = 0.042
 """Height of the tip in a bucket."""
+DIP_FRAMES = 36
+"""Time that a dip and a short stroke take."""
 GRIPPER = 0.2
 """Opening of the gripper around the handle."""
 SHOWN_DEPTH = 0.006
@@ -52,7 +54,7 @@ RULES = {
     "mix": (
         "<arm> <paints> in {first}, then dips <brush> in {paint} and paints over it",
         "<paint> in {first} and then in {paint} on the {surface}",
-        "two colours, {first} and {paint}, on one {surface}",
+        "<paint> the {surface} in {first} and {paint}",
     ),
     "scribble": (
         "<arm> <scribbles> with a brush on the {surface}",
@@ -152,22 +154,21 @@ class PaintEffect(BaseEffect):
         if loaded >= 0:
             used.append(loaded)
             route = Route(easel, self._near(rng, easel), 1.0)
-            self._paint(rng, route, style)
+            # A quick stroke leaves time to fetch a second colour and to drag it through the first.
+            crosses = bool(rng.random() < 0.6)
+            style = "line" if crosses else style
+            self._paint(rng, route, style, hurry=crosses)
         else:
             route = Route(
                 easel, (rng.uniform(0.35, 0.5), rng.uniform(-0.1, 0.05), rng.uniform(0.2, 0.28)), 0.0
             )
-        while len(route) < self.frames - 12:
-            if used and len(route) > self.frames - 34:
-                self._paint(rng, route, str(rng.choice(STYLES)))
-                continue
-            others = [paint for paint in range(len(paints)) if paint not in used[-1:]]
-            used.append(int(rng.choice(others)))
-            route.dip(visible["buckets"][used[-1]], DIP_Z)
-            for _ in range(int(rng.integers(1, 3))):
-                self._paint(rng, route, style if len(used) == 1 else str(rng.choice(STYLES)))
-                if len(route) > self.frames:
-                    break
+        while not used or len(route) < self.frames - 12:
+            mark = style if not used else "across" if used == [loaded] else str(rng.choice(STYLES))
+            if not used or self.frames - len(route) > DIP_FRAMES:
+                others = [paint for paint in range(len(paints)) if paint not in used[-1:]]
+                used.append(int(rng.choice(others)))
+                route.dip(visible["buckets"][used[-1]], DIP_Z)
+            self._paint(rng, route, mark, hurry=len(used) > 1)
         symbol = "mix" if len(used) > 1 else "loaded" if loaded >= 0 else "dip"
         slots = {
             "paint": paints[used[-1]],
@@ -195,7 +196,7 @@ class PaintEffect(BaseEffect):
             route.rows += list(np.concatenate([noise_T3, np.ones((len(noise_T3), 1))], axis=1))
         while len(route) < self.frames + 1:
             u, v = rng.uniform(0.1, 0.9, 2) * easel.width
-            depth = rng.uniform(-0.002, 0.007) if rng.random() < 0.7 else rng.uniform(-0.08, -0.02)
+            depth = rng.uniform(0.001, 0.009) if rng.random() < 0.75 else rng.uniform(-0.08, -0.02)
             goal = easel.world(np.array([[u, v, depth]]))
             distance = float(np.linalg.norm(route.rows[-1][:3] - goal[0])) + 0.2 * (1 - route.rows[-1][3])
             route.along(goal, 4 + round(distance / rng.uniform(0.02, 0.05)), 1.0)
@@ -205,12 +206,16 @@ class PaintEffect(BaseEffect):
 
     def _near(self, rng: np.random.Generator, easel: Easel) -> np.ndarray:
         u, v = rng.uniform(0.3, 0.7, 2) * easel.width
-        return easel.world(np.array([[u, v, -rng.uniform(0.08, 0.12)]]))[0]
+        return easel.world(np.array([[u, v, -rng.uniform(0.06, 0.1)]]))[0]
 
-    def _paint(self, rng: np.random.Generator, route: Route, style: str) -> None:
-        """One stroke; one in twelve hovers before the canvas and leaves nothing."""
-        press = -0.004 if rng.random() < 1 / 12 else rng.uniform(0.004, 0.011)
-        route.stroke(stroke_line(rng, style, route.easel.width), press, rng.uniform(0.24, 0.5))
+    def _paint(self, rng: np.random.Generator, route: Route, style: str, *, hurry: bool = False) -> None:
+        """One stroke; one in twenty hovers before the canvas and leaves nothing."""
+        press = -0.004 if rng.random() < 1 / 20 else rng.uniform(0.004, 0.011)
+        route.stroke(
+            stroke_line(rng, style, route.easel.width),
+            press,
+            rng.uniform(0.45, 0.6) if hurry else rng.uniform(0.24, 0.5),
+        )
 
     def _planned(
         self, rng: np.random.Generator, arm: "ArmPlanner", route: Route, text: str, policy: str
@@ -282,7 +287,7 @@ class PaintEffect(BaseEffect):
     def draw(self, rgb_HWC: np.ndarray, depth_HW: np.ndarray, camera: Camera) -> np.ndarray:
         """MuJoCo drew it all; only where the canvas is seen is kept, for the masks."""
         if self._seen is None:
-            self._texel_HW2, self._plane_HW = _look_up(camera, self.easel, self.config.texels)
+            self._texel_HW2, self._plane_HW = look_up(camera, self.easel, self.config.texels)
         self._seen = np.abs(depth_HW - self._plane_HW) < SHOWN_DEPTH
         return rgb_HWC
 
@@ -316,7 +321,7 @@ def _half(picture_HW: np.ndarray) -> np.ndarray:
     ) >= 2
 
 
-def _look_up(camera: Camera, easel: Easel, texels: int) -> tuple[np.ndarray, np.ndarray]:
+def look_up(camera: Camera, easel: Easel, texels: int) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel at twice the output size: the texel (row, column) it sees, its depth (inf: none)."""
     side = 2 * camera.size
     axis = (np.arange(side) + 0.5) / side * 2 - 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vidworld.lab.effect import FRAME_S
 from vidworld.lab.kinematics import slerp
 
 STYLES = ("line", "across", "zigzag", "wave", "loop", "fill")
@@ -84,22 +85,22 @@ class Route:
         x, y = bucket_2
         high, low = [x, y, 0.2], [x, y, depth_z]
         distance = float(np.linalg.norm(self.rows[-1][:3] - high))
-        self.along(np.array([high]), 3 + round(distance / 0.055), 0.0)
-        self.along(np.array([low]), 5, 0.0)
-        self.along(np.array([low]), 1, 0.0)
-        self.along(np.array([high]), 5, 0.0)
+        self.along(np.array([high]), 3 + round(distance / 0.07), 0.0)
+        self.along(np.array([low]), 4, 0.0)
+        self.along(np.array([low]), 2, 0.0)
+        self.along(np.array([high]), 4, 0.0)
 
     def stroke(self, line_M2: np.ndarray, press: float, speed: float) -> None:
         """Come to the canvas, drag the tip along a line (u, v) at a depth of `press` metres, and lift it."""
         first, last = line_M2[0], line_M2[-1]
         near = self.easel.world(np.array([[*first, -CLEAR]]))
         distance = float(np.linalg.norm(self.rows[-1][:3] - near[0])) + 0.25 * (1 - self.rows[-1][3])
-        self.along(near, 2 + round(distance / 0.065), 1.0)
+        self.along(near, 2 + round(distance / 0.075), 1.0)
         self.along(self.easel.world(np.array([[*first, press]])), 4, 1.0)
         length = float(np.linalg.norm(np.diff(line_M2, axis=0), axis=1).sum())
         depth = np.full((len(line_M2), 1), press)
         points = self.easel.world(np.concatenate([line_M2, depth], axis=1))
-        self.along(points, max(4, round(length / speed / 0.08)), 1.0)
+        self.along(points, max(4, round(length / speed / FRAME_S)), 1.0)
         # The arm follows its commands 0.1 s late: it finishes the stroke before it lifts.
         self.along(points[-1:], 2, 1.0)
         self.along(self.easel.world(np.array([[*last, -CLEAR]])), 3, 1.0)
@@ -160,11 +161,11 @@ def scribble(rng: np.random.Generator, easel: Easel, frames: int) -> np.ndarray:
     """Ornstein-Uhlenbeck motion of the tip [T, 3] on a canvas and off it, world frame."""
     state, rows = np.zeros(3), []
     place = np.array([rng.uniform(0.25, 0.75) * easel.width, rng.uniform(0.25, 0.75) * easel.width, -0.03])
-    middle = np.array([easel.width / 2, easel.width / 2, 0.001])
-    spread = np.array([0.14, 0.14, 0.035])
+    middle = np.array([easel.width / 2, easel.width / 2, 0.002])
+    spread, pull = np.array([0.18, 0.18, 0.03]), np.array([1.2, 1.2, 4.0])
     for _ in range(frames):
         state = 0.82 * state + rng.normal(0, 1, 3) * spread
-        place = place + 0.08 * (state + 0.9 * (middle - place))
-        place = np.clip(place, [0.0, 0.0, -0.08], [easel.width, easel.width, 0.008])
+        place = place + FRAME_S * (state + pull * (middle - place))
+        place = np.clip(place, [0.0, 0.0, -0.08], [easel.width, easel.width, 0.009])
         rows.append(place)
     return easel.world(np.array(rows))
