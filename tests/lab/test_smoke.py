@@ -30,12 +30,12 @@ def draw_setup(planner, seed: int, source: str):
     raise AssertionError("no reachable plan in 40 draws")
 
 
-def play(visible, plan, hidden, *, frames: int = 24, render: bool = True, still: bool = False):
+def play(visible, plan, hidden, *, frames=24, render=True, still=False, gripper=0.15):
     """Frames, masks and outcomes of the first frames; `still` keeps the arm at its start."""
     effect = SmokeEffect(COARSE)
     look = scene.sample_look(np.random.default_rng(0), effect.framing, "core")
     stage = scene.Scene(effect, look, visible, 64)
-    stage.start(plan.start_J, 0.15)
+    stage.start(plan.start_J, gripper)
     effect.reset(stage, visible, hidden)
     pictures, masks, outcomes = [], [], []
     for frame in range(frames):
@@ -44,7 +44,7 @@ def play(visible, plan, hidden, *, frames: int = 24, render: bool = True, still:
             masks.append(effect.masks(stage.camera)["smoke"])
         outcomes.append(effect.outcome())
         target_J = plan.start_J if still else plan.joint_targets_TJ[frame]
-        stage.step_frame(target_J, 0.15, lambda dt: effect.substep(stage, dt), effect.substep_every)
+        stage.step_frame(target_J, gripper, lambda dt: effect.substep(stage, dt), effect.substep_every)
         assert effect._flow.divergence(0.04) <= MAX_DIVERGENCE
     stage.close()
     return pictures, masks, outcomes
@@ -108,6 +108,18 @@ def test_smoke_in_the_air_is_never_more_than_was_given_off(planner):
     assert (smoke <= emitted + 1e-6).all()
     assert (np.diff(smoke) <= np.diff(emitted) + 1e-6).all()
     assert smoke[-1] > 0.5
+
+
+def test_the_wand_smokes_only_while_it_is_squeezed(planner):
+    visible, plan = draw_setup(planner, 9, "wand")
+    given_off = [
+        play(visible, plan, HIDDEN, render=False, gripper=opening)[2][-1]["emitted_l"]
+        for opening in (0.15, 0.5, 0.95)
+    ]
+    assert given_off[0] > 1.5 * given_off[1] > 0
+    assert given_off[2] == 0
+    assert plan.gripper_T.min() < 0.2
+    assert plan.gripper_T.max() > 0.85
 
 
 def test_most_plans_are_reachable_and_of_every_style(planner):

@@ -1,4 +1,5 @@
-"""Smoke: it rises from a pot and the arm stirs it with a paddle, or the arm waves a wand that gives it off.
+"""Smoke: it rises from a pot and the arm stirs it with a paddle, or the arm waves a wand that gives it off
+while the gripper squeezes it.
 
 Hidden are the wind, the buoyancy of the smoke and the turbulence it is born with. None of them shows before
 the smoke begins, a moment after the start: until then all frames are the same whatever is hidden.
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidworld.lab.arm import FINGERS
 from vidworld.lab.effect import FRAME_S, PHYSICS_S, BaseEffect, Camera, Framing, Plan
 from vidworld.lab.gl import mujoco
 from vidworld.lab.kinematics import minimum_jerk, tool_down
@@ -31,6 +33,8 @@ TONES: Mapping[str, tuple[float, float, float]] = {
     "blue": (0.22, 0.4, 0.82),
     "yellow": (0.93, 0.72, 0.22),
 }
+SQUEEZED, RELEASED = 0.15, 0.9
+"""Openings of the gripper at which the wand gives off all its smoke, and none."""
 SEEN = 0.15
 """Opacity from which a pixel counts as smoke."""
 POT_HEIGHT, POT_RADIUS, POT_MOUTH = 0.09, 0.062, 0.048
@@ -65,6 +69,7 @@ RULES = {
         "<arm> waves a wand that gives off {tone} smoke",
         "draw in the air with {tone} smoke",
         "a wand in the gripper trails {tone} smoke",
+        "<arm> squeezes a wand that gives off {tone} smoke, and lets go",
         "<arm> moves a smoking wand<slowly>",
     ),
     "wander": (
@@ -176,7 +181,8 @@ class SmokeEffect(BaseEffect):
         # Seen from the front of the arm, +y is to the right.
         slots = {"tone": visible["tone"], "side": "left" if side > 0 else "right"}
         text = describe(rng, style, RULES, slots)
-        return Plan(targets_TJ[1:], np.full(self.frames, 0.15), targets_TJ[0], text, f"script:{style}")
+        gripper_T = self._squeezes(rng) if style == "wand" else np.full(self.frames, SQUEEZED)
+        return Plan(targets_TJ[1:], gripper_T, targets_TJ[0], text, f"script:{style}")
 
     def explore(self, rng: np.random.Generator, arm: "ArmPlanner", visible: Mapping[str, Any]) -> Plan | None:
         """Ornstein-Uhlenbeck motion or random reaching, often through the plume."""
@@ -186,8 +192,9 @@ class SmokeEffect(BaseEffect):
         if plan is None:
             return None
         text = describe(rng, "wander", RULES, {"tone": visible["tone"]})
-        closed_T = np.full(self.frames, 0.15)
-        return Plan(plan.joint_targets_TJ, closed_T, plan.start_J, text, plan.policy)
+        wand = visible["source"] == "wand"
+        gripper_T = self._squeezes(rng) if wand else np.full(self.frames, SQUEEZED)
+        return Plan(plan.joint_targets_TJ, gripper_T, plan.start_J, text, plan.policy)
 
     def reset(self, scene: "Scene", visible: Mapping[str, Any], hidden: Mapping[str, float]) -> None:
         """Clear air that moves with the wind."""
@@ -198,6 +205,7 @@ class SmokeEffect(BaseEffect):
         self._swirl_3 = np.zeros(3)
         self._look = SmokeLook(TONES[visible["tone"]])
         self._light_3 = scene.light_direction_3
+        self._widest = sum(float(scene.model.joint(name).range[1]) for name in FINGERS)
         self._ends_N23 = self._solids(scene)[0]
         self._steps = 0
         self._opacity: np.ndarray | None = None
@@ -216,12 +224,16 @@ class SmokeEffect(BaseEffect):
         wind_2 = (self._hidden["wind_x"], self._hidden["wind_y"])
         self._flow.step(dt, buoyancy=self._hidden["buoyancy"], wind_2=wind_2, source=source, solids=solids)
 
-    def _source(self, scene: "Scene") -> Source:
+    def _source(self, scene: "Scene") -> Source | None:
         rate = self._visible["rate"]
         if self._visible["source"] == "pot":
             x, y = self._visible["pot"]
             place = np.array([x, y, POT_HEIGHT + 0.012])
             return Source(place, 0.046, rate, np.array([0.0, 0.0, 0.3]) + self._swirl_3)
+        squeeze = (RELEASED - scene.opening() / self._widest) / (RELEASED - SQUEEZED)
+        if squeeze <= 0.02:
+            return None
+        rate *= min(squeeze, 1.0)
         position_3, rotation_33 = scene.tool_pose()
         out_3 = rotation_33[:, 2]
         return Source(position_3 + 0.03 * out_3, 0.04, 1.5 * rate, 0.35 * out_3 + self._swirl_3)
@@ -265,6 +277,17 @@ class SmokeEffect(BaseEffect):
             "smoke_y": float(y),
             "smoke_z": float(z),
         }
+
+    def _squeezes(self, rng: np.random.Generator) -> np.ndarray:
+        """Opening of the gripper [T]: it squeezes the wand, and now and then lets go for a while."""
+        goals: list[float] = []
+        while len(goals) < self.frames:
+            goals += [SQUEEZED] * int(rng.integers(14, 34)) + [RELEASED] * int(rng.integers(6, 14))
+        opening, rows = SQUEEZED, []
+        for goal in goals[: self.frames]:
+            opening += float(np.clip(goal - opening, -0.25, 0.25))
+            rows.append(opening)
+        return np.array(rows)
 
     def _waves(self, rng: np.random.Generator, at_T: np.ndarray) -> np.ndarray:
         times, points = [0.0], [rng.uniform(self.explore_low_3, self.explore_high_3)]
