@@ -34,8 +34,8 @@ DIP_Z = 0.042
 """Height of the tip in a bucket."""
 DIP_FRAMES = 36
 """Time that a dip and a short stroke take."""
-GRIPPER = 0.2
-"""Opening of the gripper around the handle."""
+GRIPPER = (0.18, 0.24)
+"""Openings of the gripper around the handle."""
 SHOWN_DEPTH = 0.006
 """A pixel shows the canvas when what was drawn there is no nearer than this, metres."""
 
@@ -223,7 +223,7 @@ class PaintEffect(BaseEffect):
         for roll in rng.permutation([0.0, 0.5 * np.pi, np.pi, -0.5 * np.pi]):
             targets_TJ = arm.path(*route.poses(self.frames, roll + rng.uniform(-0.25, 0.25)))
             if targets_TJ is not None:
-                gripper_T = np.full(self.frames, GRIPPER)
+                gripper_T = np.full(self.frames, rng.uniform(*GRIPPER))
                 return Plan(targets_TJ[1:], gripper_T, targets_TJ[0], text, policy)
         return None
 
