@@ -81,6 +81,8 @@ def test_conditional_draws_learn_from_what_was_seen():
     assert after.weights_N.sum() == pytest.approx(1)
     assert before.outcomes_NT["box_tilt"].shape == (16, 64)
     assert before.hidden == after.hidden
+    felt = conditional(episode, 64, 16, proprio_noise=0.02)
+    assert felt.effective_draws <= after.effective_draws + 1e-9
     with pytest.raises(ConfigError, match="k 65"):
         conditional(episode, 65, 4)
 

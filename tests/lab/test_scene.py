@@ -131,6 +131,21 @@ def test_pictures_agree_with_the_camera_and_repeat():
     world.close()
 
 
+@needs_gl
+def test_scenes_of_other_sizes_do_not_disturb_each_other():
+    small, large = make_scene(seed=1, size=64), make_scene(seed=2, size=128)
+    for world in (small, large):
+        world.start(np.array(arm.HOME_J), 1.0)
+    before, _ = small.render()
+    bigger, _ = large.render()
+    assert bigger.shape == (256, 256, 3)
+    assert np.array_equal(small.render()[0], before)
+    assert np.array_equal(large.render()[0], bigger)
+    small.close()
+    assert np.array_equal(large.render()[0], bigger)
+    large.close()
+
+
 def test_impossible_sizes_and_varieties_are_refused():
     with pytest.raises(ConfigError, match="100"):
         make_scene(size=100)

@@ -220,6 +220,7 @@ class Scene:
     def upload_texture(self, name: str) -> None:
         """Send a texture that was changed in `model.tex_data` to the renderer, if there is one yet."""
         if self._pictures is not None:
+            self._pictures.activate()
             index = self.model.texture(name).id
             mujoco.mjr_uploadTexture(self.model, self._pictures.context, index)
 
@@ -231,7 +232,7 @@ class Scene:
     def close(self) -> None:
         """Free what the renderer holds; the physics can still be used."""
         if self._pictures is not None:
-            self._pictures.context.free()
+            self._pictures.close()
             self._pictures = None
 
 
@@ -239,16 +240,25 @@ class _Pictures:
     """MuJoCo's renderer for one model."""
 
     def __init__(self, model: Any, data: Any, size: int) -> None:
-        offscreen(2 * size).make_current()
+        self.window = offscreen(2 * size)
+        self.window.make_current()
         self.model, self.data, self.size = model, data, size
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.scene = mujoco.MjvScene(model, maxgeom=2000)
         self.option = mujoco.MjvOption()
         self.option.geomgroup[3] = 0
         self.option.sitegroup[:] = 0
         self.camera = mujoco.MjvCamera()
         self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera("camera").id
+
+    def activate(self) -> None:
+        """Make this renderer the current one: another scene may have drawn since."""
+        self.window.make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+
+    def close(self) -> None:
+        self.window.make_current()
+        self.context.free()
 
     def colours(self) -> tuple[np.ndarray, np.ndarray]:
         rgb, buffer = self._draw(2 * self.size)
@@ -278,6 +288,7 @@ class _Pictures:
         rgb, buffer = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), np.float32)
         area = mujoco.MjrRect(0, 0, size, size)
         category = mujoco.mjtCatBit.mjCAT_ALL
+        self.activate()
         mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera, category, self.scene)
         mujoco.mjr_render(area, self.scene, self.context)
         mujoco.mjr_readPixels(rgb, buffer, area, self.context)
