@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TONES: Mapping[str, tuple[float, float, float]] = {
     "white": (0.94, 0.94, 0.95),
-    "grey": (0.55, 0.56, 0.58),
+    "grey": (0.38, 0.39, 0.42),
     "black": (0.09, 0.09, 0.1),
     "red": (0.8, 0.24, 0.17),
     "blue": (0.22, 0.4, 0.82),
@@ -236,7 +236,7 @@ class SmokeEffect(BaseEffect):
         rate *= min(squeeze, 1.0)
         position_3, rotation_33 = scene.tool_pose()
         out_3 = rotation_33[:, 2]
-        return Source(position_3 + 0.03 * out_3, 0.04, 1.5 * rate, 0.35 * out_3 + self._swirl_3)
+        return Source(position_3 + 0.03 * out_3, 0.04, 2.0 * rate, 0.35 * out_3 + self._swirl_3)
 
     def _solids(self, scene: "Scene") -> tuple[np.ndarray, np.ndarray]:
         """The arm with what it holds, and the pot."""
