@@ -23,7 +23,7 @@ $(BIN)/python:
 
 # Headless OpenGL for the lab: installed here as root on Debian, asked for elsewhere, and never a failure.
 HEADLESS_GL = ldconfig -p 2>/dev/null | grep -q libOSMesa || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
-	apt-get -qq update && apt-get -qq install -y libosmesa6; } || echo "no OSMesa: the lab needs it or EGL (apt-get install libosmesa6)"
+	timeout 60 apt-get -qq update && timeout 120 apt-get -qq install -y libosmesa6; } || echo "no OSMesa: the lab needs it or EGL (apt-get install libosmesa6)"
 
 setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
