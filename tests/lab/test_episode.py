@@ -1,7 +1,9 @@
 import dataclasses
 import hashlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,33 @@ def test_equal_bytes_in_another_process_and_after_other_episodes(kind):
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.split()[-1] == bytes_of(kind, 2)
     assert bytes_of(kind, 2) != bytes_of(kind, 3)
+
+
+@pytest.mark.skipif(not all(map(gl.loads, gl.LIBRARIES)), reason="needs both OSMesa and EGL")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="a GPU's EGL draws other low bits than software")
+def test_equal_bytes_with_both_software_renderers():
+    code = (
+        "import sys; sys.path.insert(0, 'tests/lab'); import test_episode as t; print(t.bytes_of('rigid', 2))"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**plain, "MUJOCO_GL": name},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for name in gl.LIBRARIES
+    }
+    assert len(said) == 1
+
+
+def test_without_opengl_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(gl, "LIBRARIES", {"osmesa": ("libnone.so",)})
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    with pytest.raises(ConfigError, match="apt-get install libosmesa6"):
+        gl.offscreen.__wrapped__(64)
 
 
 @needs_gl

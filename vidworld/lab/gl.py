@@ -14,7 +14,7 @@ from typing import Any
 
 from vidworld.errors import ConfigError, require
 
-_LIBRARIES = {
+LIBRARIES = {
     "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"),
     "egl": ("libEGL.so.1", "libEGL.so"),
 }
@@ -26,16 +26,19 @@ def available() -> list[str]:
     if sys.platform != "linux":
         return ["glfw"]
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
-    names = [chosen] if chosen in _LIBRARIES else list(_LIBRARIES)
-    return [name for name in names if any(_loads(library) for library in _LIBRARIES[name])]
+    names = [chosen] if chosen in LIBRARIES else list(LIBRARIES)
+    return [name for name in names if loads(name)]
 
 
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
+def loads(name: str) -> bool:
+    """Whether the library of a back end is there."""
+    for library in LIBRARIES[name]:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def _load() -> Any:
