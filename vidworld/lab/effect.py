@@ -25,6 +25,7 @@ EFFECTS: Mapping[str, str] = {
     "container": "vidworld.lab.container:Container",
     "paint": "vidworld.lab.paint:PaintEffect",
     "smoke": "vidworld.lab.smoke:SmokeEffect",
+    "liquid": "vidworld.lab.liquid:LiquidEffect",
 }
 """Kind -> where its effect is."""
 

@@ -260,8 +260,9 @@ def collide(x_N3, v_N3, before_N3, solids, solids_before, gap, friction, low_3, 
             x_N3[p, 2] = gap
             impulse_S6[-1, 2] += min(v_N3[p, 2], 0.0)
             v_N3[p, 2] = max(v_N3[p, 2], 0.0)
-            v_N3[p, 0] *= 1.0 - 4.0 * friction
-            v_N3[p, 1] *= 1.0 - 4.0 * friction
+            # A spill on a rough table is thinner than a cell and soon stops.
+            v_N3[p, 0] *= max(1.0 - 12.0 * friction, 0.0)
+            v_N3[p, 1] *= max(1.0 - 12.0 * friction, 0.0)
         for c in range(3):
             if x_N3[p, c] < low_3[c] or x_N3[p, c] > high_3[c]:
                 x_N3[p, c] = min(max(x_N3[p, c], low_3[c]), high_3[c])
