@@ -133,7 +133,7 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path, footage, write):
         write.vlen(file["observations/images"], "cam_low", jpegs)
     episode = Hdf5Source(path).read("episode_0")
     error = frames_of(episode, "cam_high").astype(int) - footage
-    assert 0 < (error**2).mean() < 60
+    assert 0 < (error**2).mean() < 80  # what quality 70 costs, drawn pictures more than real ones
     assert np.array_equal(frames_of(episode, "cam_high"), frames_of(episode, "cam_low"))
 
 
