@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Protocol
 
@@ -76,7 +77,13 @@ def results(job: Work, episode_ids: Sequence[str], workers: int) -> Iterator[Ite
     # Spawned, not forked: a fork of a process with threads (torch, OpenMP) may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job,))
     try:
-        in_order = _in_order(lambda id_: pool.submit(_work, id_), episode_ids, ahead=2 * workers + 2)
+        resource_tracker.ensure_running()  # starting it later would lift the block below
+
+        def submit(episode_id: str) -> "Future[Result]":
+            with _interrupts_later():
+                return pool.submit(_work, episode_id)
+
+        in_order = _in_order(submit, episode_ids, ahead=2 * workers + 2)
         with _interruptible(in_order) as made:
             yield made
     except BrokenProcessPool:
@@ -115,6 +122,19 @@ def _interruptible(made: Iterable[Result]) -> Iterator[Iterator[Result]]:
         yield watched()
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold interrupts back; processes started meanwhile never get one, not even while they start."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _in_order(
