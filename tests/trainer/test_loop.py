@@ -1,6 +1,7 @@
 """The loop: exact resume, skips, accumulation, signals, time limits."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -329,12 +330,14 @@ def test_time_limits_drive_the_schedule() -> None:
 
 
 def test_a_run_limited_by_minutes_ends_in_time(make_loop: MakeLoop) -> None:
-    loop = make_loop(steps=None, minutes=0.01)
+    loop = make_loop(steps=None, minutes=0.0125)
+    reading = itertools.count(100, 0.0625)
+    loop.clock = Clock(None, 0.0125, now=lambda: next(reading))
     loop.fit()
-    last = rows(loop)[-1]
-    assert 0.6 <= last["elapsed_s"] < 1.5
-    assert last["lr"] < rows(loop)[0]["lr"] * 10
-    assert loop.store.names()[0] == f"step-{last['step']:08d}"
+    first, *_, last = rows(loop)
+    assert (last["step"], last["elapsed_s"]) == (12, 0.75), "one reading of a sixteenth of a second a step"
+    assert last["lr"] <= 1e-12 < first["lr"], "the rate falls with the time"
+    assert loop.store.names()[0] == "step-00000012"
 
 
 def test_looks_see_the_average_and_reach_the_log(make_loop: MakeLoop) -> None:
