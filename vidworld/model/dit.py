@@ -119,15 +119,22 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
         """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d]."""
-        heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_GHnd, k_Ghnd, v_Ghnd = heads.split(self.heads, dim=1)
-        q_GHnd = _rms_norm(q_GHnd, self.query_scale_d)
-        new = KeyValue(_rms_norm(k_Ghnd, self.key_scale_d), v_Ghnd)
+        q_GHnd, new = self.project(x_GnD)
         k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
         mixed_GHnd = attend(
             rotate(q_GHnd, axis.query), rotate(k_Ghnd, axis.key), v_Ghnd, axis.mask, axis.backend
         )
-        return self.out(mixed_GHnd.transpose(1, 2).flatten(2)), new
+        return self.join_heads(mixed_GHnd), new
+
+    def project(self, x_GnD: Tensor) -> tuple[Tensor, KeyValue]:
+        """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
+        heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_GHnd, k_Ghnd, v_Ghnd = heads.split(self.heads, dim=1)
+        return _rms_norm(q_GHnd, self.query_scale_d), KeyValue(_rms_norm(k_Ghnd, self.key_scale_d), v_Ghnd)
+
+    def join_heads(self, mixed_GHnd: Tensor) -> Tensor:
+        """What the heads found, as tokens [G, n, D]."""
+        return self.out(mixed_GHnd.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -169,17 +176,17 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue | None]:
         """Returns the tokens and, from a block with time attention if `commit`, its new keys and values."""
         batch, frames, tokens, _ = x_BTND.shape
-        parts = self.modulation(F.silu(condition_BTD))[:, :, None].chunk(self.num_parts, dim=-1)
+        parts = self.modulate_by(condition_BTD)
 
         shift, scale, gate = parts[:3]
-        h_GnD = _modulate(x_BTND, shift, scale).flatten(0, 1)
+        h_GnD = modulate(x_BTND, shift, scale).flatten(0, 1)
         h_GnD, _ = self.space(h_GnD, space)
         x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, frames))
 
         new = None
         if self.time is not None:
             shift, scale, gate = parts[3:6]
-            h_GnD = _modulate(x_BTND, shift, scale).transpose(1, 2).flatten(0, 1)
+            h_GnD = modulate(x_BTND, shift, scale).transpose(1, 2).flatten(0, 1)
             if past is not None:
                 past = KeyValue(past.key.flatten(0, 1), past.value.flatten(0, 1))
             h_GnD, new = self.time(h_GnD, time, past)
@@ -187,7 +194,11 @@ class Block(nn.Module):
             new = KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new)) if commit else None
 
         shift, scale, gate = parts[-3:]
-        return x_BTND + gate * self.mlp(_modulate(x_BTND, shift, scale)), new
+        return x_BTND + gate * self.mlp(modulate(x_BTND, shift, scale)), new
+
+    def modulate_by(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate [B, T, 1, D] of space attention, of time attention if any, and of the MLP."""
+        return self.modulation(F.silu(condition_BTD))[:, :, None].chunk(self.num_parts, dim=-1)
 
 
 class CausalDiT(nn.Module):
@@ -275,7 +286,7 @@ class CausalDiT(nn.Module):
         streams = replace(streams, past=0 if cache is None else cache.num_frames)
         assert frames.num_frames == streams.num_queries, (frames.num_frames, streams)
         actions_BTkD = self.action_embedding(conditioning)
-        frames = self._unpadded(frames, conditioning.embodiment_B)
+        frames = self.unpadded(frames, conditioning.embodiment_B)
         x_BTND = self.token_embedding(frames, actions_BTkD, conditioning.embodiment_B)
         condition_BTD = self.condition_embedding(level, step_BT, actions_BTkD, conditioning)
 
@@ -288,14 +299,13 @@ class CausalDiT(nn.Module):
             if new is not None:
                 committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
 
-        prediction = self._predict(x_BTND, condition_BTD, conditioning.embodiment_B)
-        prediction = self._unpadded(prediction, conditioning.embodiment_B)
+        prediction = self.predict(x_BTND, self.modulate_head_by(condition_BTD), conditioning.embodiment_B)
         prediction = prediction.map(lambda output, like: output.to(like.dtype), frames)
         if not commit:
             return prediction, None
         return prediction, KVCache(tuple(committed)) if cache is None else cache.append(committed)
 
-    def _unpadded(self, frames: Frames, embodiment_B: Tensor) -> Frames:
+    def unpadded(self, frames: Frames, embodiment_B: Tensor) -> Frames:
         """Zeros for all latents that pad an embodiment's pictures; no gradient comes from there."""
         if self.used_latents_EV1hw is None:
             return frames
@@ -310,38 +320,52 @@ class CausalDiT(nn.Module):
 
     def _axes(self, streams: Streams, x_BTND: Tensor, embodiment_B: Tensor) -> tuple[Axis, Axis]:
         """How space and time are attended in this pass; shared by all blocks."""
-        device, dtype = x_BTND.device, x_BTND.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-
-        def rotation(positions_NP: Tensor) -> Rotation:
-            return axial_rotation(positions_NP, self.config.head_dim, x_BTND.dtype)
-
-        in_space = rotation(self.positions_N2)
-        space_mask = self._space_mask(x_BTND.shape[1], embodiment_B)
-        # A mask of its own for each row is a tensor, which flex would make a new block mask of in every step.
-        backend = "sdpa" if space_mask is not None else self.config.attention
-        space = Axis(in_space, in_space, space_mask, resolve_backend(backend, device, dtype, 0))
+        device = x_BTND.device
         mask_size = streams.num_queries * streams.num_keys
-        backend = resolve_backend(self.config.attention, device, dtype, mask_size)
+        backend = resolve_backend(self.config.attention, device, compute_dtype(x_BTND), mask_size)
         time = Axis(
-            rotation(streams.query_positions(device)[:, None]),
-            rotation(streams.key_positions(device)[:, None]),
+            self.rotation(streams.query_positions(device)[:, None], x_BTND.dtype),
+            self.rotation(streams.key_positions(device)[:, None], x_BTND.dtype),
             prepare_mask(streams, backend, device),
             backend,
         )
-        return space, time
+        return self.space_axis(x_BTND, embodiment_B), time
 
-    def _predict(self, x_BTND: Tensor, condition_BTD: Tensor, embodiment_B: Tensor) -> Frames:
-        shift, scale = self.head_modulation(F.silu(condition_BTD))[:, :, None].chunk(2, dim=-1)
-        x_BTND = _modulate(x_BTND, shift, scale)
+    def space_axis(self, x_BTND: Tensor, embodiment_B: Tensor) -> Axis:
+        """How the tokens of a frame attend each other."""
+        in_space = self.rotation(self.positions_N2, x_BTND.dtype)
+        mask = self._space_mask(x_BTND.shape[1], embodiment_B)
+        # A mask of its own for each row is a tensor, which flex would make a new block mask of in every step.
+        backend = "sdpa" if mask is not None else self.config.attention
+        return Axis(
+            in_space, in_space, mask, resolve_backend(backend, x_BTND.device, compute_dtype(x_BTND), 0)
+        )
+
+    def rotation(self, positions_NP: Tensor, dtype: torch.dtype) -> Rotation:
+        """How heads are turned by positions of P axes."""
+        return axial_rotation(positions_NP, self.config.head_dim, dtype)
+
+    def modulate_head_by(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Shift and scale [B, T, 1, D] of what the heads read."""
+        return self.head_modulation(F.silu(condition_BTD))[:, :, None].chunk(2, dim=-1)
+
+    def predict(self, x_BTND: Tensor, parts: tuple[Tensor, ...], embodiment_B: Tensor) -> Frames:
+        """Clean frames read off the tokens."""
+        x_BTND = modulate(x_BTND, *parts)
         patches_BTMP = self.patch_head(x_BTND[:, :, : self.num_patches])
         proprio_BTS = self.proprio_head(x_BTND[:, :, self.num_patches], embodiment_B)
         patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
-        return Frames(unpatchify(patches_BTVnP, self.shape, self.config.patch_size), proprio_BTS)
+        frames = Frames(unpatchify(patches_BTVnP, self.shape, self.config.patch_size), proprio_BTS)
+        return self.unpadded(frames, embodiment_B)
 
 
-def _modulate(x_BTND: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of `x` are computed in here, autocast or not."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def modulate(x_BTND: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
     """Normalise without weights of its own, then scale and shift by the frame's condition."""
     return F.rms_norm(x_BTND, x_BTND.shape[-1:]) * (1 + scale_BT1D) + shift_BT1D
 

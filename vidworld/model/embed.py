@@ -127,9 +127,17 @@ class ConditionEmbedding(nn.Module):
         self, level: SignalLevel, step_BT: Tensor, actions_BTkD: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Conditions [B, T, D]."""
+        return self.join(self.of_level(level, step_BT), actions_BTkD, conditioning)
+
+    def of_level(self, level: SignalLevel, step_BT: Tensor) -> Tensor:
+        """The part of signal level and step size [B, T, D], the same for all that is sampled alike."""
         waves_BTF = torch.cat([waves(value, self.num_frequencies) for value in (level.signal, step_BT)], -1)
+        return self.level_and_step(waves_BTF.to(self.embodiment.weight.dtype))
+
+    def join(self, of_level_BTD: Tensor, actions_BTkD: Tensor, conditioning: Conditioning) -> Tensor:
+        """Conditions [B, T, D] from all parts."""
         condition_BTD = (
-            self.level_and_step(waves_BTF.to(self.embodiment.weight.dtype))
+            of_level_BTD
             + self.actions(actions_BTkD.flatten(2))
             + self.embodiment(conditioning.embodiment_B)[:, None]
         )
