@@ -328,14 +328,14 @@ def test_processes_share_the_cache(dataset_dir, cache_folder):
     readers = [context.Process(target=read_all, args=(url, str(cache_folder), found)) for _ in range(3)]
     for reader in readers:
         reader.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while any(reader.is_alive() for reader in readers) and time.monotonic() < deadline:
         for path in cache_folder.glob("shards/*/*.tar"):
             path.unlink(missing_ok=True)
         time.sleep(0.05)
-    results = [found.get(timeout=10) for _ in readers]
+    results = [found.get(timeout=60) for _ in readers]
     for reader in readers:
-        reader.join(10)
+        reader.join(60)
     truth = ShardDataset.open(dataset_dir)
     expected = [float(truth.read(key).actions_TA.sum()) for key in ("ep-000000", "ep-000001", "ep-000002")]
     assert results == [expected] * 3

@@ -1,5 +1,6 @@
 """A save may die anywhere, a bit may flip anywhere: the last good checkpoint is found, or the fault named."""
 
+import itertools
 import json
 import os
 import random
@@ -115,29 +116,37 @@ def test_killed_at_a_point(tmp_path: Path, point: str) -> None:
 
 
 def kill_at_random_times(directory: Path, runs: int) -> None:
-    """Save in a child without pause, kill it at a random moment, and look: no good step is ever lost."""
+    """Save in a child without pause, kill it at a random moment, and look: no good step is ever lost.
+
+    The moment is some time after a random number of labelled points, so that a busy machine changes nothing.
+    """
     store = CheckpointStore(directory, keep=2)
     rng = random.Random(0)
     store.save(snapshot(1))
-    good, killed = 1, 0
+    good = 1
     for _ in range(runs):
+        points, reading, writing = rng.randrange(1, 5 * len(POINTS)), *os.pipe()
 
-        def save_on(start: int = good) -> None:
-            for step in range(start + 1, start + 100):
-                store.save(snapshot(step))
+        def save_on(start: int = good, writing: int = writing) -> None:
+            for step in itertools.count(start + 1):
+                store.save(snapshot(step), reached=lambda _: os.write(writing, b"."))
 
         child = os.fork()
         if child == 0:
-            save_on()
-            os._exit(0)
-        time.sleep(rng.uniform(0, 0.1))
+            try:
+                save_on()
+            finally:
+                os._exit(1)
+        for _ in range(points):
+            assert os.read(reading, 1) == b"."
+        time.sleep(rng.uniform(0, 0.003))
         os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        os.close(reading)
+        os.close(writing)
         now = newest_step(directory)
-        assert now >= good
+        assert now >= good + points // len(POINTS), "what was saved is there"
         good = now
-    assert killed > runs * 0.9
-    assert good > runs // 10, "kills came between saves and within them"
 
 
 def test_killed_at_random_times(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several processes write the bytes that one writes; a killed one loses no finished shard."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -107,11 +108,16 @@ def test_a_killed_command_goes_on(videos: Path, tokenizer: ConvTokenizer, tmp_pa
     arguments = ["encode", str(videos), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(out)]
     arguments += ["--processes", "2", "--device", "cpu"]
     code = f"from vidworld.cli import run; run({arguments!r})"
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not list(out.glob(".partial/*-*.json")) and child.poll() is None:
-        time.sleep(0.002)
-    child.kill()
-    child.wait()
+    for _ in range(10):
+        child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        while not list(out.glob(".partial/*-*.json")) and child.poll() is None:
+            time.sleep(0.002)
+        child.kill()
+        child.wait()
+        if not (out / "manifest.json").exists():
+            break
+        shutil.rmtree(out)  # on a busy machine the kill may come too late
+    assert list(out.glob(".partial/*-*.json"))
     assert not (out / "manifest.json").exists()
     encode_dataset(videos, tokenizer, out)
     assert contents(out) == contents(tmp_path / "straight")

@@ -157,7 +157,7 @@ def test_killed_and_run_again_gives_the_same_bytes(lerobot_v2, tmp_path, moments
         running.communicate()
         assert not (out / "manifest.json").exists()
         assert not (out / "shards").exists()
-        gone = time.monotonic() + 20
+        gone = time.monotonic() + 120
         while alive(running.pid) and time.monotonic() < gone:
             time.sleep(0.05)
         assert not alive(running.pid), "workers outlive a killed parent"
@@ -189,7 +189,7 @@ def test_interrupt_ends_cleanly(lerobot_v2, tmp_path):
     freeze_when_writing(running, out)
     os.killpg(running.pid, signal.SIGINT)
     running.send_signal(signal.SIGCONT)
-    _, error = running.communicate(timeout=30)
+    _, error = running.communicate(timeout=120)
     assert running.returncode == 130, error
     assert "interrupted" in error
     assert "Traceback" not in error
@@ -199,7 +199,7 @@ def test_interrupt_ends_cleanly(lerobot_v2, tmp_path):
 def test_full_disk_is_one_line(lerobot_v2, tmp_path):
     """A real write that the kernel refuses: the file size limit stands in for a full disk."""
     running = process(lerobot_v2, tmp_path / "d", "--workers", 1, limit=8192)
-    _, error = running.communicate(timeout=60)
+    _, error = running.communicate(timeout=120)
     assert running.returncode == 2, error
     assert error.startswith("vidworld: error: no space left")
     assert not (tmp_path / "d" / "manifest.json").exists()

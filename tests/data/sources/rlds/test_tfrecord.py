@@ -67,14 +67,14 @@ def test_what_is_no_example(data):
         parse_example(data)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_parse_or_are_refused(data):
     with contextlib.suppress(DataError):
         parse_example(data)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300)
 @given(examples, st.data())
 def test_any_flip_of_an_example_parses_or_is_refused(encode, values, data):
     content = bytearray(encode.example(values))
@@ -84,7 +84,7 @@ def test_any_flip_of_an_example_parses_or_is_refused(encode, values, data):
         parse_example(bytes(content[: data.draw(st.integers(0, len(content)))]))
 
 
-@settings(max_examples=150, deadline=2000)
+@settings(max_examples=150)
 @given(st.lists(st.binary(max_size=60), min_size=1, max_size=4), st.data())
 def test_every_flip_and_cut_of_a_file_is_found(encode, tmp_path_factory, payloads, data):
     """Unlike a tar: no damaged byte and no cut, except between two records, goes unnoticed."""
