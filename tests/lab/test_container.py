@@ -3,8 +3,9 @@ import pytest
 
 pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
 
+from vidworld.lab.conditional import conditional
 from vidworld.lab.container import FRICTION, MASS_KG, Container
-from vidworld.lab.episode import LabConfig, conditional, generate
+from vidworld.lab.episode import LabConfig, generate
 
 SCRIPTED = LabConfig(exploration=0.0, size=64)
 

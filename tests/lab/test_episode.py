@@ -12,7 +12,7 @@ pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
 
 from vidworld.errors import ConfigError, DataError
 from vidworld.lab import gl, truth
-from vidworld.lab.episode import LabConfig, conditional, embodiment_of, generate, resimulate
+from vidworld.lab.episode import LabConfig, embodiment_of, generate, resimulate
 
 needs_gl = pytest.mark.skipif(not gl.available(), reason=f"no headless OpenGL: {gl.INSTALL}")
 SMALL = LabConfig(frames=40, size=64)
@@ -99,21 +99,6 @@ def test_hidden_and_visible_come_from_separate_streams():
     assert plain.hidden["mass_kg"] == full.hidden["mass_kg"]
     assert plain.hidden["friction"] == full.hidden["friction"]
     assert plain.look != full.look
-
-
-def test_conditional_draws_learn_from_what_was_seen():
-    episode = generate("container", 3, SCRIPTED, render=False)
-    before = conditional(episode, 10, 16)
-    after = conditional(episode, 64, 16)
-    assert before.effective_draws == pytest.approx(16)
-    assert after.effective_draws < 12
-    assert after.weights_N.sum() == pytest.approx(1)
-    assert before.outcomes_NT["box_tilt"].shape == (16, 64)
-    assert before.hidden == after.hidden
-    felt = conditional(episode, 64, 16, proprio_noise=0.02)
-    assert felt.effective_draws <= after.effective_draws + 1e-9
-    with pytest.raises(ConfigError, match="k 65"):
-        conditional(episode, 65, 4)
 
 
 def test_actions_are_what_the_arm_is_told_in_both_modes():

@@ -12,8 +12,9 @@ pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
 pytest.importorskip("numba", reason='needs pip install "vidworld[lab]"')
 
 from vidworld.lab import gl
+from vidworld.lab.conditional import conditional
 from vidworld.lab.effect import Camera
-from vidworld.lab.episode import LabConfig, conditional, generate, resimulate
+from vidworld.lab.episode import LabConfig, generate, resimulate
 from vidworld.lab.paint import look_up
 from vidworld.lab.paint_route import Easel
 

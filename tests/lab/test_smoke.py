@@ -153,7 +153,8 @@ def test_masks_need_a_drawn_frame(planner):
 
 @needs_gl
 def test_an_episode_of_the_lab_repeats_and_tells_what_else_could_have_been():
-    from vidworld.lab.episode import LabConfig, conditional, generate, resimulate
+    from vidworld.lab.conditional import conditional
+    from vidworld.lab.episode import LabConfig, generate, resimulate
 
     episode = generate("smoke", 2, LabConfig(frames=14, size=64))
     assert episode.frames_THWC.shape == (14, 64, 64, 3)

@@ -59,7 +59,7 @@ class Container(BaseEffect):
         "box_yaw": 0.06,
         "box_tilt": 0.06,
     }
-    """Readouts that a camera can tell apart, with their precision (m, rad), for `conditional`."""
+    angles: ClassVar[frozenset[str]] = frozenset({"box_yaw"})
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Task, half sides and place in metres, turn in rad, look of the carton."""
@@ -160,7 +160,11 @@ class Container(BaseEffect):
         return {"box": seen == self._geom, "arm": np.isin(seen, self._scene.arm_geoms)}
 
     def outcome(self) -> dict[str, float]:
-        """Pose of the box: metres, radians; how far it went; whether it was touched, lies, is in the air."""
+        """Pose of the box: metres, radians; how far it went; whether it was touched, lies, is in the air.
+
+        `box_yaw` is the turn about the vertical that is left when the tilt is taken away (swing and twist),
+        so it stays well defined when the box lies on its side.
+        """
         pose_7 = self._scene.data.qpos[self._pose]
         rotation_33 = np.zeros(9)
         mujoco.mju_quat2Mat(rotation_33, pose_7[3:])
@@ -169,11 +173,12 @@ class Container(BaseEffect):
         corners_83 = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * self._half_3
         lowest = float((corners_83 @ rotation_33.T)[:, 2].min() + pose_7[2])
         moved_2 = pose_7[:2] - self._start_7[:2]
+        twist = 2 * np.arctan2(pose_7[6], pose_7[3])
         return {
             "box_x": float(pose_7[0]),
             "box_y": float(pose_7[1]),
             "box_z": float(pose_7[2]),
-            "box_yaw": float(np.arctan2(rotation_33[1, 0], rotation_33[0, 0])),
+            "box_yaw": float(np.arctan2(np.sin(twist), np.cos(twist))),
             "box_tilt": tilt,
             "box_travel_m": float(np.hypot(*moved_2)),
             "box_clearance_m": lowest,

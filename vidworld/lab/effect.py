@@ -85,6 +85,8 @@ class Effect(Protocol):
     framing: Framing
     tool_offset_3: tuple[float, float, float]
     substep_every: int
+    readout_noise: ClassVar[Mapping[str, float]]
+    angles: ClassVar[frozenset[str]]
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """What a camera can see of the set-up, as JSON values."""
@@ -134,6 +136,10 @@ class BaseEffect:
     tool_offset_3: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Tool centre point in the frame of the arm's tool site, metres; an effect with a brush moves it."""
     substep_every = 1
+    readout_noise: ClassVar[Mapping[str, float]] = {}
+    """Readouts that a camera can tell, with the standard deviation of its error in one frame."""
+    angles: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that are angles in radians: pi and -pi are the same."""
     frames = 64
     """Frames of the episode; set by the lab before anything else is called."""
     explore_low_3 = (0.34, -0.24, 0.05)

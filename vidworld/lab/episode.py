@@ -1,8 +1,6 @@
-"""Episodes of the lab, and what else could have happened in them.
+"""Episodes of the lab: `generate(kind, seed)` makes one, `resimulate` replays it with other hidden values.
 
-`generate(kind, seed)` makes an episode; `resimulate` replays its frozen commands with other hidden values;
-`conditional` weighs such replays by how well they agree with the first frames, which is the true conditional
-distribution of outcomes (importance sampling from the prior).
+What else could have happened, given the first frames, is in `vidworld.lab.conditional`.
 """
 
 import dataclasses
@@ -24,7 +22,7 @@ from vidworld.lab.kinematics import ArmPlanner
 from vidworld.lab.scene import SIZES, Scene, halve, planner, sample_look
 from vidworld.types import EmbodimentSpec
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same seed shows something else."""
 ATTEMPTS = 40
 MOST_FRAMES = 256
@@ -88,21 +86,6 @@ class LabEpisode:
     outcomes_T: Mapping[str, np.ndarray]
     """Readout -> float64 [T]."""
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Conditional:
-    """Weighted draws of what is hidden, given the first frames of an episode; N draws."""
-
-    hidden: tuple[Mapping[str, float], ...]
-    weights_N: np.ndarray
-    """Sum to one."""
-    outcomes_NT: Mapping[str, np.ndarray]
-
-    @property
-    def effective_draws(self) -> float:
-        """1 / sum of squared weights (Kish, 1965): how many equal draws these are worth."""
-        return float(1 / np.square(self.weights_N).sum())
 
 
 def effect_of(kind: str, frames: int = 64) -> BaseEffect:
@@ -185,45 +168,6 @@ def resimulate(
     return _run_alone(episode, effect_of(episode.kind, episode.config.frames), hidden, render)
 
 
-def conditional(
-    episode: LabEpisode, k: int, n: int, *, seed: int = 0, proprio_noise: float | None = None
-) -> Conditional:
-    """Draw `n` hidden values from the prior, weighted by agreement with the first `k` frames.
-
-    Agreement is that of the readouts which a camera can tell (the effect's `readout_noise`, Gaussian); with
-    `proprio_noise` (a share of each dimension's range in the episode) proprioception counts too.
-    """
-    if not 1 <= k <= episode.config.frames or n < 1:
-        raise ConfigError(
-            "conditional", got=f"k {k}, n {n}", expected=f"k 1..{episode.config.frames}, n >= 1"
-        )
-    effect = effect_of(episode.kind, episode.config.frames)
-    noise: Mapping[str, float] = getattr(effect, "readout_noise", {})
-    rng = np.random.default_rng([zlib.crc32(episode.kind.encode()), episode.seed, seed, 0xC0])
-    scene = Scene(effect, episode.look, episode.visible, episode.config.size, episode.config.robot)  # type: ignore[arg-type]
-    spread_S = np.ptp(episode.proprio_TS, axis=0) + 1e-3
-    draws, outcomes, logs = [], [], []
-    for _ in range(n):
-        hidden = effect.prior(rng, episode.visible)
-        run = _run(episode, effect, scene, hidden, render=False)
-        log = 0.0
-        for name, sigma in noise.items():
-            log -= 0.5 * float(np.square((run.outcomes_T[name] - episode.outcomes_T[name])[:k] / sigma).sum())
-        if proprio_noise is not None:
-            apart = (run.proprio_TS - episode.proprio_TS)[:k] / (proprio_noise * spread_S)
-            log -= 0.5 * float(np.square(apart).sum())
-        draws.append(hidden)
-        outcomes.append(run.outcomes_T)
-        logs.append(log)
-    weights_N = np.exp(np.array(logs) - max(logs))
-    names = outcomes[0]
-    return Conditional(
-        tuple(draws),
-        weights_N / weights_N.sum(),
-        {name: np.array([outcome[name] for outcome in outcomes]) for name in names},
-    )
-
-
 def _blank(
     kind: str,
     seed: int,
@@ -282,15 +226,15 @@ def _run_alone(
     config = episode.config
     scene = Scene(effect, episode.look, episode.visible, config.size, config.robot)  # type: ignore[arg-type]
     try:
-        return _run(episode, effect, scene, hidden, render=render)
+        return play(episode, effect, scene, hidden, render=render)
     finally:
         scene.close()
 
 
-def _run(
+def play(
     episode: LabEpisode, effect: Any, scene: Scene, hidden: Mapping[str, float], *, render: bool
 ) -> LabEpisode:
-    """Play the commands of an episode."""
+    """Play the commands of an episode in a scene of its own, which may have played before."""
     config, plan = episode.config, episode.plan
     scene.start(plan.start_J, float(plan.gripper_T[0]))
     effect.reset(scene, episode.visible, hidden)

@@ -50,7 +50,6 @@ class LiquidEffect(BaseEffect):
     )
     substep_every = 4
     readout_noise: ClassVar[Mapping[str, float]] = {"fill": 0.02, "spilled_ml": 4.0}
-    """What a camera can tell of the outcome, and how well (one sigma)."""
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Task, liquid, vessels (m); the fill and viscosity too where a camera can see them."""

@@ -95,7 +95,6 @@ class PaintEffect(BaseEffect):
     tool_offset_3 = (0.0, 0.0, BRUSH_LENGTH)
     substep_every = 2
     readout_noise: ClassVar[Mapping[str, float]] = {"coverage": 0.004, "lowest_m": 0.004}
-    """What a camera can tell of the outcome, and how well (one sigma)."""
 
     def __init__(self, config: PaintConfig | None = None) -> None:
         self.config = config or PaintConfig()

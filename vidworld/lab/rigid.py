@@ -57,7 +57,6 @@ class Rigid(BaseEffect):
     framing = Framing(target_3=(0.45, 0.0, 0.1), distance_m=(0.88, 1.0), elevation_deg=(27.0, 38.0))
     explore_low_3 = (0.36, -0.22, 0.02)
     explore_high_3 = (0.6, 0.22, 0.22)
-    readout_noise: ClassVar[Mapping[str, float]] = {}
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Shapes, colours, sizes (half width, m), places (m) and turns (rad)."""

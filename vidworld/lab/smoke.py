@@ -6,7 +6,7 @@ the smoke begins, a moment after the start: until then all frames are the same w
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -96,11 +96,13 @@ class SmokeEffect(BaseEffect):
     explore_low_3 = (0.36, -0.22, 0.17)
     explore_high_3 = (0.6, 0.22, 0.36)
 
-    readout_noise: Mapping[str, float] = {"smoke_l": 2.0, "smoke_x": 0.06, "smoke_y": 0.06, "smoke_z": 0.06}
-    """Standard deviation of what a camera tells of each readout, a frame; for the conditional distribution.
-
-    Errors of neighbouring frames are alike, so these are larger than the error of one frame.
-    """
+    # Errors of neighbouring frames are alike, so these are larger than the error of one frame.
+    readout_noise: ClassVar[Mapping[str, float]] = {
+        "smoke_l": 2.0,
+        "smoke_x": 0.06,
+        "smoke_y": 0.06,
+        "smoke_z": 0.06,
+    }
 
     def __init__(self, config: FlowConfig | None = None) -> None:
         self.config = config or FlowConfig()
