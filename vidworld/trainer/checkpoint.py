@@ -183,6 +183,12 @@ class CheckpointStore:
             )
 
 
+def newest_step(directory: Path) -> int:
+    """Step of the newest checkpoint in a `checkpoints/` directory by its name, unread; -1 for none."""
+    steps = [path.name.split("-")[1] for path in directory.glob("step-*") if path.is_dir()]
+    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+
+
 def verify(directory: Path) -> Saved:
     """Check every byte of a checkpoint against its manifest; CheckpointError names the first fault."""
     manifest = _read_json(directory / MANIFEST)

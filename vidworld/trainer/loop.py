@@ -22,6 +22,7 @@ from vidworld.trainer.checkpoint import CheckpointStore, Saved, Snapshot, load_w
 from vidworld.trainer.control import Agreement, Clock, StopRequest, frozen_gc
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import Engine
+from vidworld.trainer.heartbeat import Heartbeat, State
 from vidworld.trainer.logging import Accumulator, RunLog
 from vidworld.trainer.optim import OptimConfig, rate_factor
 from vidworld.trainer.tasks import Moment, Task
@@ -43,11 +44,19 @@ class LoopConfig:
     ema_decay: float = 0.999
     max_skips: int = 20
     """Steps in a row with a gradient that is not finite, before the run gives up (exit code 4)."""
+    hang_s: float = 900.0
+    """A step that takes longer ends the process, with the stacks of all threads; 0 never. The first step of
+    a process, and looks, may take four times as long."""
+    silent_s: float = 120.0
+    """A rank that gives no sign of life for longer ends the others; 0 never."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="at least 1")
+        for name in ("hang_s", "silent_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError("loop.ema_decay", got=self.ema_decay, expected="0 to below 1")
 
@@ -95,10 +104,12 @@ class Loop:
         log: RunLog,
         looks: Sequence[Look] = (),
         identity: Mapping[str, Any] | None = None,
+        heart: Heartbeat | None = None,
     ) -> None:
         self.task, self.feed, self.engine, self.optim, self.config = task, feed, engine, optim, config
         self.seed, self.accumulation, self.log, self.looks = seed, accumulation, log, list(looks)
         self.identity = dict(identity or {})
+        self.heart = heart
         self.ema = ema
         ema.module.to(engine.device)
         self.clock = Clock(config.steps, config.minutes)
@@ -130,6 +141,7 @@ class Loop:
         try:
             with frozen_gc(), StopRequest() as stop:
                 while not self.clock.finished:
+                    self._mark("training")
                     self.step(self._fetch(batches))
                     stopping, elapsed_s = agreement.exchange(stop.received is not None, self.clock.read())
                     self.clock.advance(elapsed_s)
@@ -178,6 +190,7 @@ class Loop:
         """Write a checkpoint of this step, unless it has one."""
         if self.saved_step == self.clock.step:
             return
+        self._mark("saving")
         tensors, groups = self.engine.optimizer_state()
         state = {
             "elapsed_s": self.clock.elapsed_s,
@@ -248,6 +261,10 @@ class Loop:
             torch.distributed.all_reduce(total)
         return list((stacked * self.engine.world_size / total.clamp(min=1e-12)).unbind())
 
+    def _mark(self, state: State) -> None:
+        if self.heart is not None:
+            self.heart.mark(state, self.clock.step)
+
     def _mean_over_ranks(self, row: Tensor) -> Tensor:
         if self.engine.world_size > 1:
             torch.distributed.all_reduce(row)
@@ -290,6 +307,7 @@ class Loop:
 
     def _look(self, looks: Sequence[Look]) -> None:
         """Log what the looks give; the time they take is not the steps'."""
+        self._mark("looking")
         if self.engine.rank == 0:
             row: dict[str, Any] = {"step": self.clock.step}
             for look in looks:

@@ -14,7 +14,17 @@ from vidworld.trainer.config import Training
 CONFIG = "config.yaml"
 LOCK = ".lock"
 # What a training writes, and --overwrite removes. Latents stay: they know their tokenizer and are costly.
-WRITTEN = ("checkpoints", "tokenizer", "samples", "wandb", "world.json", "metrics.jsonl", CONFIG)
+WRITTEN = (
+    "checkpoints",
+    "tokenizer",
+    "samples",
+    "wandb",
+    "world.json",
+    "metrics.jsonl",
+    CONFIG,
+)
+# What may lie in a run directory before its training: other ranks write their heartbeats at once.
+NOT_OURS = (LOCK, "latents", "heartbeats")
 
 
 @contextlib.contextmanager
@@ -27,7 +37,7 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite", fix="give one of them")
     with _locked(run):
-        others = [path.name for path in run.iterdir() if path.name not in (LOCK, "latents")]
+        others = [path.name for path in run.iterdir() if path.name not in NOT_OURS]
         if not (run / CONFIG).is_file() and others:
             raise ConfigError(
                 "--out holds other files than a run's", got=run, fix="choose a new or empty directory"

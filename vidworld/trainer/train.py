@@ -36,10 +36,12 @@ from vidworld.trainer.corpus import (
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import autocast_of, build_engine, uses_compile
 from vidworld.trainer.feed import clip_feed
+from vidworld.trainer.heartbeat import Heartbeat
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Look, Loop
 from vidworld.trainer.run import CONFIG, open_run
 from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Validation, WorldSamples
+from vidworld.trainer.supervise import supervise_command
 from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
 from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
@@ -59,6 +61,9 @@ class RunOptions:
     """Go on from the newest checkpoint, if there is one."""
     overwrite: bool = False
     """Train anew in a run that is here already."""
+    max_restarts: int = 0
+    """Start again from the newest checkpoint when the training dies, so many times at most; it is given up
+    after 3 restarts without a newer checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
             default = WorldOptions(config=path, out=out, training=training)
             options = parse(WorldOptions, arguments, prog=prog, default=default)
     run = require_local(options.out or Path("runs") / path.stem, "--out")
+    if options.max_restarts:
+        supervise_command(arguments, run, options.max_restarts)
+        return
     train(options.training, run, resume=options.resume, overwrite=options.overwrite)
     if _rank() == 0:
         print(f"{run}: done; {_next_command(options.training, run)}")
@@ -119,8 +127,11 @@ def train(
         torch.backends.cudnn.benchmark = True
     first = _rank() == 0
     held = open_run(run, training, resume=resume, overwrite=overwrite) if first else contextlib.nullcontext()
+    loop = training.loop
+    heart = Heartbeat(run, rank=_rank(), world_size=_world_size(), hang_s=loop.hang_s, silent_s=loop.silent_s)
     with (
         held,
+        heart,
         RunLog(
             run, wandb=training.wandb, config=to_mapping(training), active=first, progress_bar=progress_bar
         ) as log,
@@ -129,18 +140,20 @@ def train(
         torch.manual_seed(training.seed)
         match training:
             case TokenizerTraining():
-                _train_tokenizer(training, run, log, resume=resume)
+                _train_tokenizer(training, run, log, heart, resume=resume)
             case WorldTraining():
-                _train_world(training, run, log, resume=resume)
+                _train_world(training, run, log, heart, resume=resume)
 
 
-def _train_tokenizer(training: TokenizerTraining, run: Path, log: RunLog, *, resume: bool) -> None:
+def _train_tokenizer(
+    training: TokenizerTraining, run: Path, log: RunLog, heart: Heartbeat, *, resume: bool
+) -> None:
     corpus = open_corpus(training, "video")
     _, layouts = robots(corpus)
     tokenizer = ConvTokenizer(training.tokenizer)
     for layout in layouts:
         check_size(layout.height, layout.width, tokenizer.size_multiple)
-    trial = _Trial(training, TokenizerTask(tokenizer, layouts), run, log)
+    trial = _Trial(training, TokenizerTask(tokenizer, layouts), run, log, heart)
     feed = clip_feed(corpus, training.loader, seed=training.seed, **trial.layout)
     unseen = held_out(training, corpus)
     looks = [Look(training.look.validate_every, Validation(unseen, trial.autocast))]
@@ -158,7 +171,7 @@ def _train_tokenizer(training: TokenizerTraining, run: Path, log: RunLog, *, res
     trial.engine.barrier()
 
 
-def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: bool) -> None:
+def _train_world(training: WorldTraining, run: Path, log: RunLog, heart: Heartbeat, *, resume: bool) -> None:
     corpus = open_corpus(training)
     tokenizer = load_tokenizer(training.tokenizer)
     assert isinstance(tokenizer, nn.Module)
@@ -177,7 +190,7 @@ def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: boo
         action_dropout=training.action_dropout,
         clip_dropout=training.clip_dropout,
     )
-    trial = _Trial(training, task, run, log)
+    trial = _Trial(training, task, run, log, heart)
     if trial.engine.rank == 0:
         tokenizer.to(trial.engine.device)
     folder = training.latents or run / "latents"
@@ -217,8 +230,8 @@ def _train_world(training: WorldTraining, run: Path, log: RunLog, *, resume: boo
 class _Trial:
     """The parts that both kinds of training put together alike."""
 
-    def __init__(self, training: Training, task: Task[Any], run: Path, log: RunLog) -> None:
-        self.training, self.task, self.run, self.log = training, task, run, log
+    def __init__(self, training: Training, task: Task[Any], run: Path, log: RunLog, heart: Heartbeat) -> None:
+        self.training, self.task, self.run, self.log, self.heart = training, task, run, log, heart
         config = training.engine
         # Before compiling and wrapping: a plain copy that can be run by itself.
         self.ema = EMA(task, training.loop.ema_decay)
@@ -254,6 +267,7 @@ class _Trial:
             log=self.log,
             looks=looks,
             identity=identity,
+            heart=self.heart,
         )
         saved = loop.store.newest() if resume else None
         if saved is not None:
