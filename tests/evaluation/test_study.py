@@ -1,6 +1,7 @@
 """Evaluation against worlds whose scores are known: the truth itself, a still picture, random weights."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -430,3 +431,37 @@ def test_a_dataset_of_another_robot_is_refused_by_name(data, tmp_path, change, e
     world = make_world(data)
     with pytest.raises(error, match=words):
         evaluate(world, altered(data, tmp_path / "other", change), SHORT)
+
+
+class Hazy(Oracle):
+    """Knows what was recorded but for an error of its own, over which its samples spread as `spread` says."""
+
+    spread = 1.0
+
+    def rollout(self, state, actions, *, decode=True, **_):
+        rolled = super().rollout(state, actions, decode=False)
+        latents, proprio = rolled.latents_BTVChw.clone(), rolled.proprio_BTS.clone()
+        for row, actions_TA in enumerate(np.asarray(actions, np.float32)):
+            shared = np.random.default_rng(zlib.crc32(actions_TA.tobytes()))
+            own = np.random.default_rng([int(state.sample_ids_B[row]), len(latents)])
+            for values, scale in ((latents, 0.15), (proprio, 0.2)):
+                error, spread = (rng.normal(0, scale, values[row].shape) for rng in (shared, own))
+                values[row] += torch.from_numpy(error + self.spread * spread).to(values)
+        video = self._shown(state, latents) if decode else None
+        return Rollout(latents, proprio, video, state)
+
+
+def test_calibration_tells_an_honest_world_from_an_overconfident_one(data):
+    settings = dataclasses.replace(SHORT, samples=16, windows_per_episode=8, calibration=True)
+    plain = evaluate(make_oracle(data, SHORT), data, SHORT)
+    assert "calibration" not in plain
+    for spread in (1.0, 0.3):
+        world = make_oracle(data, settings)
+        hazy = Hazy(world.spec, world.model, world.normalizer, world.tokenizer)
+        hazy.known, hazy.spread = world.known, spread
+        found = evaluate(hazy, data, settings)["calibration"]["planar_arm"]
+        assert found["samples"] == 16
+        for name in ("pixels", "proprio tip_x"):
+            one = found["quantities"][name]
+            assert one["pooled"]["spread_skill"] == pytest.approx(spread, rel=0.35), name
+            assert one["leads"] == list(range(1, 6))

@@ -19,6 +19,7 @@ from vidworld import __version__
 from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
+from vidworld.evaluation.calibration_page import calibration_lines
 from vidworld.evaluation.grounding import file_digest
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
@@ -205,5 +206,7 @@ def _lines(metrics: Mapping[str, Any], out: Path) -> str:
         values.append(shuffled and shuffled["ratio"][place])
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         lines.append("  ".join(f"{cell:>9}" for cell in (horizon, *cells)))
+    for robot, found in metrics.get("calibration", {}).items():
+        lines += calibration_lines(robot, found)
     lines += [f"warning: {warning}" for warning in metrics["warnings"]]
     return "\n".join([*lines, f"report: {out / REPORT}"])

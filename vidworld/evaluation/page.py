@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vidworld import media
+from vidworld.evaluation.calibration_page import write_calibration
 from vidworld.evaluation.metrics import psnr
 from vidworld.evaluation.study import Clip, Study
 from vidworld.evaluation.windows import Window
@@ -66,6 +67,8 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
     _actions(report, metrics)
     _proprio(report, metrics, study, spec)
     _collapse(report, metrics)
+    for robot, found in metrics.get("calibration", {}).items():
+        write_calibration(report, robot, found)
     report.section("Settings")
     shown = {
         key: metrics[key] for key in ("settings", "sampler", "world", "data", "device", "date", "versions")

@@ -7,6 +7,7 @@ S proprio dims. Frame t of the horizon is counted from 1 in tables.
 import contextlib
 import itertools
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
+from vidworld.evaluation.calibration import Verified, verify
 from vidworld.evaluation.futures import Rolled, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import proprio_metrics, video_metrics
 from vidworld.evaluation.windows import (
@@ -89,6 +91,8 @@ class Measured:
     """View -> kind of wrong actions -> mean squared pixel error at `Settings.horizons`."""
     proprio: dict[str, dict[str, Any]]
     """Dimension -> what `proprio_metrics` gives."""
+    verified: Verified | None = None
+    """What it says of calibration, where that is asked for."""
 
     @property
     def last_gain(self) -> float:
@@ -219,7 +223,24 @@ def _compare(
             recorded.proprio_TS[recorded.context - 1],
             dims,
         )
-    return Measured(recorded.window, None if partner is None else partner.window, views, wrong, proprio)
+    partner_window = None if partner is None else partner.window
+    verified = _verify(spec, recorded, rolled, bound_TVHWC) if settings.calibration else None
+    return Measured(recorded.window, partner_window, views, wrong, proprio, verified)
+
+
+def _verify(spec: WorldSpec, recorded: Recorded, rolled: Rolled, bound_TVHWC: np.ndarray) -> Verified:
+    dims, known = recorded.grounding.contract.proprio, recorded.context - 1
+    window = recorded.window
+    return verify(
+        rolled.video_MTVHWC,
+        bound_TVHWC,
+        recorded.frames_TVHWC[recorded.context :],
+        recorded.frames_TVHWC[known],
+        rolled.proprio_MTS[..., : len(dims)],
+        recorded.proprio_TS[known :: spec.frames_per_step][1:],
+        [(dimension.name, dimension.unit) for dimension in dims],
+        seed=zlib.crc32(f"{window.sample.key}@{window.start}".encode()),
+    )
 
 
 def _square_error(predicted: np.ndarray, truth_THWC: np.ndarray) -> np.ndarray:

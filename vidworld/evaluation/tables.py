@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from vidworld.evaluation.calibration import summarise as calibrate
 from vidworld.evaluation.metrics import horizon_table
 from vidworld.evaluation.study import LOOKS, Measured, Study
+from vidworld.evaluation.verification import bootstrap, interval
 from vidworld.evaluation.windows import WRONG, Settings
 
 HEADLINES = (8, 16, 48)
@@ -29,7 +31,6 @@ NOISY = {"sharpness": (2.5, "noisy"), "motion": (3.0, "flickering")}
 """And above these."""
 
 RATIO_ALARM = 1.05
-BOOTSTRAP_DRAWS = 2000
 EPISODES_FOR_INTERVAL = 5
 
 
@@ -45,6 +46,11 @@ def summarise(study: Study, settings: Settings, frames_per_step: int = 1) -> dic
             pictures[kind] = {name: _pictures(group, horizons) for name, group in groups.items()}
     actions, collapse = _actions(measured, horizons), _collapse(measured)
     summary = _summary(pictures["all"], actions, collapse)
+    calibration = {
+        name: calibrate(verified, frames_per_step)
+        for name, group in robots.items()
+        if (verified := [(one.window.sample.key, one.verified) for one in group if one.verified])
+    }
     return {
         "summary": summary,
         "intervals": _intervals(measured, horizons),
@@ -53,6 +59,7 @@ def summarise(study: Study, settings: Settings, frames_per_step: int = 1) -> dic
         "actions": {"rollout": actions, "denoising": study.denoising},
         "collapse": collapse,
         "proprio": {name: _proprio(group, horizons, frames_per_step) for name, group in robots.items()},
+        **({"calibration": calibration} if calibration else {}),
         "curve": _pictures(measured, range(1, settings.frames + 1)),
         "windows": [_window(one, horizons) for one in measured],
     }
@@ -147,7 +154,7 @@ def _intervals(measured: Sequence[Measured], horizons: Sequence[int]) -> dict[st
     """95 % intervals of the headline figures: bootstrap over episodes, as windows of one are alike."""
     at_horizons = [horizon - 1 for horizon in horizons]
 
-    def interval(parts: Callable[[Mapping, Mapping], tuple[float, float] | None]) -> list[float] | None:
+    def interval_of(parts: Callable[[Mapping, Mapping], tuple[float, float] | None]) -> list[float] | None:
         """Of sum(first) / sum(second)."""
         sums: dict[str, list[tuple[float, float]]] = {}
         for one in measured:
@@ -156,19 +163,14 @@ def _intervals(measured: Sequence[Measured], horizons: Sequence[int]) -> dict[st
         sums_E2 = np.array([np.sum(pairs, 0) for pairs in sums.values() if pairs])
         if len(sums_E2) < EPISODES_FOR_INTERVAL:
             return None
-        share = np.full(len(sums_E2), 1 / len(sums_E2))
-        counts_NE = np.random.default_rng(0).multinomial(len(sums_E2), share, BOOTSTRAP_DRAWS)
-        above_N, below_N = (counts_NE @ sums_E2).T
-        if not below_N.all():
-            return None
-        return [float(value) for value in np.quantile(above_N / below_N, (0.025, 0.975))]
+        return interval(bootstrap(sums_E2))
 
     intervals = {
-        f"psnr_gain.f{horizon}": interval(lambda found, _, h=horizon: (found["gain"][h - 1], 1.0))
+        f"psnr_gain.f{horizon}": interval_of(lambda found, _, h=horizon: (found["gain"][h - 1], 1.0))
         for horizon in horizons
         if horizon in HEADLINES or horizon == horizons[-1]
     }
-    intervals["shuffle_ratio"] = interval(
+    intervals["shuffle_ratio"] = interval_of(
         lambda found, wrong: (
             (wrong["shuffled"].mean(), found["mse_first"][at_horizons].mean())
             if "shuffled" in wrong

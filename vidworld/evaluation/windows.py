@@ -12,6 +12,7 @@ import numpy as np
 from vidworld.data.manifest import Sample
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
+from vidworld.evaluation.calibration import require_samples
 from vidworld.evaluation.grounding import (
     DEFAULT_CONTEXT,
     Grounding,
@@ -57,6 +58,8 @@ class Settings:
     """Windows to show."""
     resize: bool = False
     """Scale and centre-crop videos of another size."""
+    calibration: bool = False
+    """Verify whether the spread of the samples is honest; wants many (--samples 32)."""
 
     def __post_init__(self) -> None:
         """Refuse counts below their least with ConfigError."""
@@ -67,6 +70,9 @@ class Settings:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}", got=getattr(self, name), expected=f"{minimum} or more"
                 )
+
+        if self.calibration:
+            require_samples(self.samples)
 
     @property
     def horizons(self) -> tuple[int, ...]:

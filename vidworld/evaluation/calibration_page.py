@@ -1,0 +1,122 @@
+"""What calibration looks like: figures and tables of a report, and lines for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vidworld.page import Report
+from vidworld.plots import Line, Panel, draw
+
+MOST_DIMENSIONS = 5
+"""Proprioception curves drawn at most, those with the worst ratios."""
+
+HOW_TO_READ = (
+    "A world that samples futures also says how sure it is, by how far they spread. That is honest if what "
+    "really happened looks like one more sample. Spread / skill is the standard deviation of the samples "
+    "over the error of their mean, both unbiased for the number of samples: 1 is honest, below 1 "
+    "overconfident. Coverage is how often the truth lies between the samples' quantiles. The rank histogram "
+    "counts between which samples the truth lies: flat is honest, a valley says that the samples are too "
+    "alike, a slope that they lean to one side.\n\n"
+    "Pixels are compared with the recorded frames as the tokenizer shows them: its own error is told apart."
+)
+
+
+def write_calibration(report: Report, robot: str, found: Mapping[str, Any]) -> None:
+    """Add the section of one robot."""
+    quantities = found["quantities"]
+    report.section(f"Is it honest about what it does not know? ({robot})", HOW_TO_READ)
+    drawn = _drawn(quantities)
+    ratios = [
+        Line(name, quantities[name]["leads"], _finite(quantities[name]["spread_skill"])) for name in drawn
+    ]
+    leads = quantities[drawn[0]]["leads"]
+    ratios.append(Line("honest", leads, [1.0] * len(leads), floor=True))
+    level = max(quantities[drawn[0]]["coverage"], key=float)
+    covered = [Line(name, quantities[name]["leads"], quantities[name]["coverage"][level]) for name in drawn]
+    covered.append(Line("honest", leads, [float(level)] * len(leads), floor=True))
+    histograms = [Line(name, *_density(quantities[name]["pooled"]["rank_counts"])) for name in drawn]
+    histograms.append(Line("honest", [0, 1], [1.0, 1.0], floor=True))
+    spreads = [
+        Line("pixels: spread", leads, quantities["pixels"]["spread"]),
+        Line("pixels: error", leads, quantities["pixels"]["error"]),
+        Line("pixels: tokenizer's error", leads, np.sqrt(found["floor"])),
+    ]
+    report.figure(
+        draw(
+            [
+                Panel(tuple(ratios), "Spread / skill", "imagined frame", "ratio"),
+                Panel(
+                    tuple(covered), f"Coverage of the {float(level):.0%} interval", "imagined frame", "share"
+                ),
+                Panel(tuple(histograms), "Rank histogram", "rank of the truth / samples", "density"),
+                Panel(tuple(spreads), "Spread and error of pixels", "imagined frame", "share of the range"),
+            ]
+        ),
+        f"{found['samples']} samples, {found['episodes']} episodes.",
+    )
+    levels = list(quantities[drawn[0]]["coverage"])
+    report.table(
+        ["quantity", "unit", "spread / skill", "95 %", *(f"coverage {float(one):.0%}" for one in levels),
+         "CRPS, last frame", "flat ranks, p"],
+        [_row(name, one, levels) for name, one in quantities.items()],
+        caption="Over all leads, with the interval over episodes. p: chance of so uneven a rank histogram at "
+        "the last lead if the samples were honest, from one window an episode (proprioception only: pixels "
+        "of a picture depend on each other).",
+        digits=3,
+    )  # fmt: skip
+    if bands := found["bands"]:
+        report.text(
+            f"Bands of {bands['level']:.0%} for whole rollouts of all proprioception, fitted on "
+            f"{bands['episodes_fitted']} episodes, held {bands['held']:.0%} of {bands['episodes_tried']} "
+            "others."
+        )
+
+
+def calibration_lines(robot: str, found: Mapping[str, Any]) -> list[str]:
+    """A summary for the terminal."""
+    lines = [f"calibration of {robot}, {found['samples']} samples (spread / skill, coverage):"]
+    for name in _drawn(found["quantities"]):
+        pooled = found["quantities"][name]["pooled"]
+        covered = ", ".join(
+            f"{float(level):.0%}: {'-' if share is None else format(share, '.0%')}"
+            for level, share in pooled["coverage"].items()
+        )
+        ratio = pooled["spread_skill"]
+        lines.append(f"  {name:<28} {'-' if ratio is None else format(ratio, '.2f'):>5}   {covered}")
+    return lines
+
+
+def _drawn(quantities: Mapping[str, Any]) -> list[str]:
+    """Moving pixels, all pixels, and the dimensions whose ratios are farthest from 1."""
+    pictures = [name for name in ("pixels", "pixels moving") if any(quantities[name]["cases"])]
+
+    def distance(name: str) -> float:
+        ratio = quantities[name]["pooled"]["spread_skill"]
+        return abs(np.log(ratio)) if ratio else np.inf
+
+    dimensions = sorted((name for name in quantities if name.startswith("proprio")), key=distance)
+    return pictures + dimensions[::-1][: MOST_DIMENSIONS - len(pictures)]
+
+
+def _finite(values: list[float | None]) -> list[float | None]:
+    return [value if value is not None and np.isfinite(value) else None for value in values]
+
+
+def _density(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of ranks from 0 to 1, and their density, 1 if flat."""
+    density_R = np.asarray(counts) * len(counts) / max(1, sum(counts))
+    return (np.arange(len(counts)) + 0.5) / len(counts), density_R
+
+
+def _row(name: str, one: Mapping[str, Any], levels: list[str]) -> list[Any]:
+    pooled, span = one["pooled"], one["pooled"]["spread_skill_interval"]
+    return [
+        name,
+        one["unit"],
+        pooled["spread_skill"],
+        "–" if span is None else f"{span[0]:.2f} to {span[1]:.2f}",
+        *(pooled["coverage"][level] for level in levels),
+        one["crps"][-1],
+        one["p_flat"][-1] if "p_flat" in one else None,
+    ]
