@@ -38,9 +38,9 @@ def write_calibration(report: Report, robot: str, found: Mapping[str, Any]) -> N
     histograms = [Line(name, *_density(quantities[name]["pooled"]["rank_counts"])) for name in drawn]
     histograms.append(Line("honest", [0, 1], [1.0, 1.0], floor=True))
     spreads = [
-        Line("pixels: spread", leads, quantities["pixels"]["spread"]),
-        Line("pixels: error", leads, quantities["pixels"]["error"]),
-        Line("pixels: tokenizer's error", leads, np.sqrt(found["floor"])),
+        Line("spread of the samples", leads, quantities["pixels"]["spread"]),
+        Line("error of their mean", leads, quantities["pixels"]["error"]),
+        Line("tokenizer's error", leads, np.sqrt(found["floor"]), floor=True),
     ]
     report.figure(
         draw(
@@ -50,19 +50,22 @@ def write_calibration(report: Report, robot: str, found: Mapping[str, Any]) -> N
                     tuple(covered), f"Coverage of the {float(level):.0%} interval", "imagined frame", "share"
                 ),
                 Panel(tuple(histograms), "Rank histogram", "rank of the truth / samples", "density"),
-                Panel(tuple(spreads), "Spread and error of pixels", "imagined frame", "share of the range"),
-            ]
+            ],
+            columns=3,
+            panel_size=(3.6, 3.0),
         ),
         f"{found['samples']} samples, {found['episodes']} episodes.",
     )
+    panel = Panel(tuple(spreads), "Spread and error of pixels", "imagined frame", "share of the range")
+    report.figure(draw([panel], panel_size=(10.7, 2.6)))
     levels = list(quantities[drawn[0]]["coverage"])
     report.table(
-        ["quantity", "unit", "spread / skill", "95 %", *(f"coverage {float(one):.0%}" for one in levels),
-         "CRPS, last frame", "flat ranks, p"],
+        ["quantity", "unit", "spread / skill", "95 %", *(f"in {float(one):.0%}" for one in levels),
+         "last CRPS", "flat ranks, p"],
         [_row(name, one, levels) for name, one in quantities.items()],
-        caption="Over all leads, with the interval over episodes. p: chance of so uneven a rank histogram at "
-        "the last lead if the samples were honest, from one window an episode (proprioception only: pixels "
-        "of a picture depend on each other).",
+        caption="Over all leads, with the interval over episodes; in 90%: coverage of that interval. p: "
+        "chance of so uneven a rank histogram at the last lead if the samples were honest, from one window "
+        "an episode (proprioception only: pixels of a picture depend on each other).",
         digits=3,
     )  # fmt: skip
     if bands := found["bands"]:
@@ -112,10 +115,10 @@ def _density(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
 def _row(name: str, one: Mapping[str, Any], levels: list[str]) -> list[Any]:
     pooled, span = one["pooled"], one["pooled"]["spread_skill_interval"]
     return [
-        name,
+        name.replace(" ", "\N{NO-BREAK SPACE}"),
         one["unit"],
         pooled["spread_skill"],
-        "–" if span is None else f"{span[0]:.2f} to {span[1]:.2f}",
+        "–" if span is None else f"{span[0]:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{span[1]:.2f}",
         *(pooled["coverage"][level] for level in levels),
         one["crps"][-1],
         one["p_flat"][-1] if "p_flat" in one else None,
