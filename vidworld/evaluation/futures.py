@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vidworld.evaluation.windows import WRONG, Recorded, Settings, Window
+from vidworld.world.codec import PICTURES_AT_ONCE, to_video
 from vidworld.world.state import Rollout
-from vidworld.world.world import PICTURES_AT_ONCE, WorldModel, to_video
+from vidworld.world.world import WorldModel
 
 
 @dataclass(frozen=True)

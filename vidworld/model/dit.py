@@ -329,17 +329,15 @@ class CausalDiT(nn.Module):
             prepare_mask(streams, backend, device),
             backend,
         )
-        return self.space_axis(x_BTND, embodiment_B), time
+        return self.space_axis(self.rotation(self.positions_N2, x_BTND.dtype), x_BTND, embodiment_B), time
 
-    def space_axis(self, x_BTND: Tensor, embodiment_B: Tensor) -> Axis:
-        """How the tokens of a frame attend each other."""
-        in_space = self.rotation(self.positions_N2, x_BTND.dtype)
+    def space_axis(self, in_space: Rotation, x_BTND: Tensor, embodiment_B: Tensor) -> Axis:
+        """How the tokens of a frame attend each other, turned by their `positions_N2`."""
         mask = self._space_mask(x_BTND.shape[1], embodiment_B)
         # A mask of its own for each row is a tensor, which flex would make a new block mask of in every step.
         backend = "sdpa" if mask is not None else self.config.attention
-        return Axis(
-            in_space, in_space, mask, resolve_backend(backend, x_BTND.device, compute_dtype(x_BTND), 0)
-        )
+        backend = resolve_backend(backend, x_BTND.device, compute_dtype(x_BTND), 0)
+        return Axis(in_space, in_space, mask, backend)
 
     def rotation(self, positions_NP: Tensor, dtype: torch.dtype) -> Rotation:
         """How heads are turned by positions of P axes."""

@@ -125,6 +125,15 @@ class Codec:
             )
         return self.show(coding, 1)
 
+    def pictures(self, latents_BTVChw: Tensor) -> Tensor:
+        """Uint8 video [B, T, V, H, W, 3] of latent frames that do not depend on each other, few at a time."""
+        batch, frames, views = latents_BTVChw.shape[:3]
+        if not frames:
+            size = (batch, 0, views, self.spec.height, self.spec.width, 3)
+            return torch.zeros(size, dtype=torch.uint8, device=latents_BTVChw.device)
+        pieces = latents_BTVChw.detach().split(max(1, PICTURES_AT_ONCE // (batch * views)), 1)
+        return torch.cat([to_video(self.decode(piece)) for piece in pieces], 1)
+
     def _encode_next(self, state: StreamState, video_BTVHWC: Tensor) -> tuple[StreamState, Tensor]:
         tokenizer = streaming(self.tokenizer)
         assert tokenizer is not None

@@ -40,7 +40,7 @@ class Purpose(enum.IntEnum):
     FORK = 5
 
 
-def philox(counter: Sequence[Tensor], key: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: Sequence[Tensor], key: Sequence[int | Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox-4x32 on four broadcastable int64 counters below 2**32 and two key words.
 
     Returns four int64 tensors below 2**32. An int64 product wraps around to the unsigned 64-bit pattern.
@@ -72,18 +72,34 @@ class Request(NamedTuple):
         return -(-math.prod(self.shape) // 4)
 
 
+def name_blocks(requests: Sequence[Request]) -> Tensor:
+    """Block, frame and purpose of every block of all requests: int64 [3, blocks]."""
+    assert all(0 <= request.frame <= MASK for request in requests), "frame out of range"
+    return torch.cat(
+        [
+            torch.stack(torch.broadcast_tensors(torch.arange(one.num_blocks), *map(torch.tensor, one[:2])))
+            for one in requests
+        ],
+        1,
+    )
+
+
 def words(seed: int, sample_ids_B: Tensor, requests: Sequence[Request]) -> Tensor:
     """Uniform 32-bit words, int64 [B, blocks of all requests, 4]; no block depends on the others."""
+    return _words(split_seed(seed), sample_ids_B, name_blocks(requests).to(sample_ids_B.device))
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """A seed as the two key words of Philox."""
     assert 0 <= seed < MAX_SEED, "seed out of range"
-    assert all(0 <= request.frame <= MASK for request in requests), "frame out of range"
-    names = [
-        torch.stack(torch.broadcast_tensors(torch.arange(one.num_blocks), *map(torch.tensor, one[:2])))
-        for one in requests
-    ]
-    block_N, frame_N, purpose_N = torch.cat(names, 1).to(sample_ids_B.device)
+    return seed & MASK, seed >> 32
+
+
+def _words(key: Sequence[int | Tensor], sample_ids_B: Tensor, blocks_3N: Tensor) -> Tensor:
+    block_N, frame_N, purpose_N = blocks_3N
     ids_B1 = sample_ids_B[:, None]
     counter = (block_N, frame_N, ids_B1 & MASK, (ids_B1 >> 32) << 8 | purpose_N)
-    return torch.stack(philox(counter, (seed & MASK, seed >> 32)), -1)
+    return torch.stack(philox(counter, key), -1)
 
 
 def normals(
@@ -94,7 +110,16 @@ def normals(
     Element i of a request is the same for every shape with more than i elements, and whatever else is asked
     for. Box-Muller in float64, then cast. Many requests cost a GPU little more than one.
     """
-    words_BN4 = words(seed, sample_ids_B, requests)
+    blocks_3N = name_blocks(requests).to(sample_ids_B.device)
+    drawn_BX = block_normals(split_seed(seed), sample_ids_B, blocks_3N, dtype=dtype)
+    return part_normals(drawn_BX, requests)
+
+
+def block_normals(
+    key: Sequence[int | Tensor], sample_ids_B: Tensor, blocks_3N: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """Four standard normals for each block of `name_blocks`, [B, 4 * blocks]; it compiles."""
+    words_BN4 = _words(key, sample_ids_B, blocks_3N)
     radius_word, angle_word = words_BN4[..., ::2], words_BN4[..., 1::2]
     radius = (-2 * _log((radius_word.double() + 0.5) * 2.0**-32)).sqrt()
     # Two bits choose the quadrant, thirty the angle inside it: no reduction of the argument is needed.
@@ -102,11 +127,15 @@ def normals(
     squared = angle * angle
     cosine = _horner(_COS_TERMS, squared) * (1 - (angle_word >> 30 & 1) * 2)
     sine = angle * _horner(_SIN_TERMS, squared) * (1 - (angle_word >> 31) * 2)
-    normals_BN4 = torch.stack((radius * cosine, radius * sine), -1).flatten(2).to(dtype)
-    parts = normals_BN4.split([request.num_blocks for request in requests], 1)
+    return torch.stack((radius * cosine, radius * sine), -1).flatten(1).to(dtype)
+
+
+def part_normals(drawn_BX: Tensor, requests: Sequence[Request]) -> list[Tensor]:
+    """What `block_normals` drew, request by request [B, *shape]: views."""
+    parts = drawn_BX.split([4 * request.num_blocks for request in requests], 1)
     return [
-        part_BN4.flatten(1)[:, : math.prod(request.shape)].reshape(len(sample_ids_B), *request.shape)
-        for part_BN4, request in zip(parts, requests, strict=True)
+        part_BX[:, : math.prod(request.shape)].reshape(len(drawn_BX), *request.shape)
+        for part_BX, request in zip(parts, requests, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.base import Tokenizer, chunk_actions
 from vidworld.types import Frames
 from vidworld.world import noise
-from vidworld.world.codec import PICTURES_AT_ONCE, Codec, to_video
+from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.dynamics import imagine, take_in
 from vidworld.world.intake import Numbers, gather_actions, gather_prompts, gather_proprio
@@ -133,12 +133,12 @@ class WorldModel(nn.Module):
         action's values (unless it requires grad) and at the result, and so waits for the device.
         Raises ContractError naming the dimension, RolloutDivergedError naming the frame.
         """
-        self._require_own(state)
-        actions_B1kA = self._actions(state, self._chunk(action), check, allow_out_of_range)
+        self.require_own(state)
+        actions_B1kA = self.normalized_actions(state, self.chunked(action), check, allow_out_of_range)
         state = self._imagine(state, actions_B1kA[:, 0], sampler or self.spec.sampler)
         if check:
-            _require_finite([_all_finite(state)], state.frame - 1)
-        return self._look(state, decode)
+            require_finite([all_finite(state.newest)], state.frame - 1)
+        return self.look(state, decode)
 
     def rollout(
         self,
@@ -156,27 +156,27 @@ class WorldModel(nn.Module):
         The same as `step` T times, with one decode at the end. `progress` is called after every frame. Raises
         as `step` does; all actions are checked before the first frame.
         """
-        self._require_own(state)
-        actions_BTkA = self._actions(state, actions, check, allow_out_of_range)
+        self.require_own(state)
+        actions_BTkA = self.normalized_actions(state, actions, check, allow_out_of_range)
         newest, finite = [], []
         for actions_BkA in actions_BTkA.unbind(1):
             state = self._imagine(state, actions_BkA, sampler or self.spec.sampler)
             newest.append(state.newest)
-            finite.append(_all_finite(state))
+            finite.append(all_finite(state.newest))
             if check and len(finite) == FRAMES_BETWEEN_CHECKS:
-                _require_finite(finite, state.frame - len(finite))
+                require_finite(finite, state.frame - len(finite))
                 finite = []
             if progress is not None:
                 progress()
         if check:
-            _require_finite(finite, state.frame - len(finite))
+            require_finite(finite, state.frame - len(finite))
         frames = Frames.cat(newest, 1) if newest else state.newest[:, :0]
         video_BTVHWC = None
         if decode and state.coding is not None and newest:
             video_BTVHWC, coding = self.codec.show(state.coding, len(newest))
             state = dataclasses.replace(state, coding=coding)
         elif decode:
-            video_BTVHWC = self._video(frames.latents_BTVChw)
+            video_BTVHWC = self.codec.pictures(frames.latents_BTVChw)
         return Rollout(
             latents_BTVChw=frames.latents_BTVChw,
             proprio_BTS=self.normalizer.denormalize_proprio(frames.proprio_BTS, state.embodiment_B),
@@ -201,13 +201,13 @@ class WorldModel(nn.Module):
         With a time stride k: the next k frames [B, k, V, H, W, 3], the last one's proprio, and k actions;
         refused after imagined frames, which the tokenizer's encoder has not seen.
         """
-        self._require_own(state)
+        self.require_own(state)
         k = self.spec.frames_per_step
         latents_B1VChw, coding = self.codec.observe(state.coding, frame, len(state))
         dims, size = self.spec.shape, (len(state), 1)
         actions_BkA = torch.zeros(len(state), k, dims.action_dims, dtype=self.dtype, device=self.device)
         if action is not None:
-            actions_BkA = self._actions(state, self._chunk(action), True, allow_out_of_range)[:, 0]
+            actions_BkA = self.normalized_actions(state, self.chunked(action), True, allow_out_of_range)[:, 0]
         proprio_B1S = torch.zeros(*size, dims.proprio_dims, dtype=self.dtype, device=self.device)
         if proprio is not None:
             proprio = proprio if isinstance(proprio, Tensor) else np.asarray(proprio)
@@ -227,17 +227,17 @@ class WorldModel(nn.Module):
 
     def fork(self, state: WorldState, index: Tensor | slice | list[int]) -> WorldState:
         """Rows of a state, each with a future of its own: `WorldState.branch`."""
-        self._require_own(state)
+        self.require_own(state)
         return state.branch(index)
 
     def observation(self, state: WorldState, *, decode: bool = True) -> Observation:
         """The newest frame of a state."""
-        return self._look(state, decode)[1]
+        return self.look(state, decode)[1]
 
     @property
     def codec(self) -> Codec:
         """Pictures in and out."""
-        return Codec(self.tokenizer, self.spec, self.dtype, self._autocast)
+        return Codec(self.tokenizer, self.spec, self.dtype, self.precision)
 
     def encode(self, video_BTVHWC: Tensor) -> Tensor:
         """Uint8 pictures to normalised latents [B, T, V, C, h, w]."""
@@ -250,7 +250,7 @@ class WorldModel(nn.Module):
         """
         return self.codec.decode(latents_BTVChw)
 
-    def _look(self, state: WorldState, decode: bool) -> tuple[WorldState, Observation]:
+    def look(self, state: WorldState, decode: bool) -> tuple[WorldState, Observation]:
         """What the newest frame shows, and the state with its decoder there."""
         proprio_B1S = self.normalizer.denormalize_proprio(state.newest.proprio_BTS, state.embodiment_B)
         latents_B1VChw = state.newest.latents_BTVChw
@@ -267,16 +267,7 @@ class WorldModel(nn.Module):
             clip_BkVHWC=clip_BkVHWC,
         )
 
-    def _video(self, latents_BTVChw: Tensor) -> Tensor:
-        """Uint8 video of frames that do not depend on each other, few at a time."""
-        batch, frames, views = latents_BTVChw.shape[:3]
-        if not frames:
-            size = (batch, 0, views, self.spec.height, self.spec.width, 3)
-            return torch.zeros(size, dtype=torch.uint8, device=self.device)
-        pieces = latents_BTVChw.detach().split(max(1, PICTURES_AT_ONCE // (batch * views)), 1)
-        return torch.cat([to_video(self.decode(piece)) for piece in pieces], 1)
-
-    def _chunk(self, action: Numbers) -> Tensor | np.ndarray:
+    def chunked(self, action: Numbers) -> Tensor | np.ndarray:
         """The actions of one step with an axis of length k before the last."""
         k = self.spec.frames_per_step
         action = action if isinstance(action, Tensor) else np.asarray(action)
@@ -290,7 +281,9 @@ class WorldModel(nn.Module):
             )
         return action
 
-    def _actions(self, state: WorldState, actions: Numbers, check: bool, allow_out_of_range: bool) -> Tensor:
+    def normalized_actions(
+        self, state: WorldState, actions: Numbers, check: bool, allow_out_of_range: bool
+    ) -> Tensor:
         """Normalised actions [B, T, k, A] from raw ones [B, T * k, A] or [T * k, A]."""
         raw_BTA = gather_actions(
             actions,
@@ -309,7 +302,7 @@ class WorldModel(nn.Module):
         keep_B1 = torch.ones(len(state), 1, dtype=torch.bool, device=self.device)
         conditioning = Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B)
         stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
-        with self._autocast():
+        with self.precision():
             newest, cache = imagine(self.model, state.cache, conditioning, state.frame, stream, sampler)
         coding = None if state.coding is None else state.coding.imagined(newest.latents_BTVChw)
         return dataclasses.replace(state, cache=cache, newest=newest, frame=state.frame + 1, coding=coding)
@@ -325,7 +318,7 @@ class WorldModel(nn.Module):
         sampler: SamplerConfig,
         coding: Coding | None,
     ) -> WorldState:
-        with self._autocast():
+        with self.precision():
             newest, cache = take_in(
                 self.model, cache, known, has_proprio_B, conditioning, first_frame, stream, sampler
             )
@@ -351,7 +344,8 @@ class WorldModel(nn.Module):
             raise ConfigError("sample_ids", got=list(ids), expected=f"{count} numbers from 0 to 2**55 - 1")
         return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
 
-    def _require_own(self, state: WorldState) -> None:
+    def require_own(self, state: WorldState) -> None:
+        """Refuse a state of another world or device with CheckpointError or ConfigError."""
         if state.world != self.spec.digest:
             raise CheckpointError(
                 "state of another world", got=f"hash {state.world}", expected=self.spec.digest
@@ -364,17 +358,19 @@ class WorldModel(nn.Module):
                 fix="use state.to(world.device)",
             )
 
-    def _autocast(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """The autocast that network and tokenizer run under."""
         enabled = self.autocast and self.device.type == "cuda" and self.dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
-def _all_finite(state: WorldState) -> Tensor:
-    latents, proprio = state.newest.latents_BTVChw, state.newest.proprio_BTS
+def all_finite(newest: Frames) -> Tensor:
+    """One flag: whether nothing in these frames is infinite or NaN."""
+    latents, proprio = newest.latents_BTVChw, newest.proprio_BTS
     return latents.isfinite().all() & proprio.isfinite().all()
 
 
-def _require_finite(finite: list[Tensor], first_frame: int) -> None:
+def require_finite(finite: list[Tensor], first_frame: int) -> None:
     """Look at the flags of consecutive frames and stop at the first that is not finite."""
     flags = torch.stack(finite).tolist() if finite else []
     if False in flags:
