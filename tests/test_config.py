@@ -64,7 +64,9 @@ def test_bad_settings_are_named(given, says):
     [
         (["--inner.depht", "5"], "--inner.depth"),
         (["--inner.depth", "x"], "--inner.depth"),
-        (["--inner.kind", "c"], "'a', 'b'"),
+        (["--inner.kind", "c"], "--inner.kind: got 'c', expected 'a', 'b'; see vidworld x --help"),
+        (["--inner.depth", "x"], "--inner.depth: got 'x', expected INT; see vidworld x --help"),
+        (["--inner.depth=x"], "--inner.depth: got 'x', expected INT; see vidworld x --help"),
     ],
 )
 def test_bad_flags_are_one_line(arguments, says):

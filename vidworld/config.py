@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from vidworld.errors import ConfigError
+from vidworld.errors import ConfigError, UserError
 from vidworld.files import url_of
 
 T = TypeVar("T")
@@ -102,14 +103,36 @@ def parse(cls: type[T], arguments: Sequence[str], *, prog: str, default: T | Non
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ConfigError(_one_line(captured.getvalue()), fix=f"see {prog} --help") from None
+        cause = stop.__context__
+        while cause is not None:
+            if isinstance(cause, UserError):  # a check of ours: tyro would put it into a box
+                raise cause from None
+            cause = cause.__context__
+        raise ConfigError(_one_line(captured.getvalue(), arguments), fix=f"see {prog} --help") from None
 
 
-def _one_line(box: str) -> str:
-    """Flatten tyro's boxed message."""
-    words = re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", box)
-    words = re.sub(r"For full helptext.*", "", words, flags=re.DOTALL)
-    return " ".join(words.split()) or "the arguments could not be parsed"
+def _one_line(box: str, arguments: Sequence[str]) -> str:
+    """What tyro says in a box with a heading, such as `--lr: got 'x', expected FLOAT`."""
+    plain = re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", box)
+    lines = [line.strip() for line in plain.partition("For full helptext")[0].splitlines()[1:]]
+    text = " ".join(line for line in lines if line)
+    if wrong := re.match(r"Error parsing (--\S+):.* Argument helptext: ", text):
+        flag = wrong[1]
+        names = [given.partition("=")[0].replace("_", "-") for given in arguments]
+        place = names.index(flag.replace("_", "-")) if flag.replace("_", "-") in names else None
+        if place is not None and (kind := _after(lines, "Argument helptext:").removeprefix(flag).strip()):
+            values = itertools.takewhile(lambda given: not given.startswith("--"), arguments[place + 1 :])
+            given = arguments[place].partition("=")[2] or " ".join(values)
+            return f"{flag}: got {given!r}, expected {kind.replace('{None}|', '')}"
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*?),?\)\.", text):
+        value, flag, choices = choice.groups()
+        return f"{flag}: got {value!r}, expected {choices}"
+    return text or "the arguments could not be parsed"
+
+
+def _after(lines: Sequence[str], heading: str) -> str:
+    """The line that follows a heading."""
+    return lines[lines.index(heading) + 1] if heading in lines[:-1] else ""
 
 
 def _fields_of(value: Any) -> Any:

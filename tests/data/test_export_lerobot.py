@@ -360,11 +360,12 @@ def test_same_fields_as_a_real_dataset(exported):
     assert load_tasks(real) == {"put the banana on the plate": 0}
 
 
-def test_av1_where_there_is_an_encoder(shards, tmp_path):
+def test_av1_where_there_is_an_encoder(shards, tmp_path, capfd):
     if "libsvtav1" not in av.codecs_available:
         assert run(shards, tmp_path / "out", "--codec", "av1") == 2
         return
     assert run(shards, tmp_path / "out", "--codec", "av1", "--split", "val") == 0
+    assert "Svt" not in capfd.readouterr().err
     found = open_as_official(tmp_path / "out")
     assert found["info"]["features"]["observation.images.top"]["info"]["video.codec"] == "av1"
 

@@ -177,6 +177,42 @@ def test_runs_are_not_overwritten_unasked(
         train(training, tmp_path / "other", overwrite=True, progress_bar=False)
 
 
+def everything(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file() and path.parent.name != "heartbeats"
+    }
+
+
+def test_a_start_that_fails_leaves_the_run_as_it_was(
+    planar: Path, settings: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    training = settings.tokenizer(planar, loop={"steps": 2, "log_every": 1})
+    wrong = settings.tokenizer(tmp_path / "nothing")
+    with pytest.raises(DataError, match="no such dataset"):
+        train(wrong, run, progress_bar=False)
+    assert not (run / "config.yaml").exists(), "so that the same command works once its config is mended"
+    train(training, run, progress_bar=False)
+    before = everything(run)
+    for way in ("overwrite", "resume"):
+        with pytest.raises(DataError, match="no such dataset"):
+            train(wrong, run, progress_bar=False, **{way: True})
+        assert everything(run) == before, way
+    # Killed before it began: the next start has the old run again.
+    with monkeypatch.context() as patch:
+        patch.setattr("vidworld.trainer.train.open_corpus", lambda *_: os._exit(9))
+        child = os.fork()
+        if child == 0:
+            train(training, run, overwrite=True, progress_bar=False)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (run / "checkpoints").exists()
+    with pytest.raises(ConfigError, match="--resume to go on, --overwrite"):
+        train(training, run, progress_bar=False)
+    assert everything(run) == before
+
+
 def test_a_run_has_one_trainer(planar: Path, settings: SimpleNamespace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -5,6 +5,7 @@ out of order and no edit lists, so any reader finds a frame by its time or by co
 """
 
 import io
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +53,7 @@ class EpisodeEncoder:
     """Encode frames as they come; equal frames give equal bytes."""
 
     def __init__(self, width: int, height: int, fps: float, codec: Codec) -> None:
+        os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder tells its settings for every episode
         self._rate = frame_rate(fps)
         self._shape = (height, width, 3)
         self._count = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vidworld.config import to_yaml
-from vidworld.errors import ConfigError
+from vidworld.errors import ConfigError, UserError
 from vidworld.trainer.config import Training
 
 CONFIG = "config.yaml"
@@ -25,11 +25,42 @@ WRITTEN = (
 )
 # What may lie in a run directory before its training: other ranks write their heartbeats at once.
 NOT_OURS = (LOCK, "latents", "heartbeats")
+_BEFORE = ".vidworld-before"
+
+
+class RunDirectory:
+    """A run directory that is held; until `begin` is called, a start that is refused leaves it as it was.
+
+    So a wrong path in a config neither costs the run that was to be overwritten, nor leaves half a new one.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.begun = run, False
+        _give_back(run)  # what a killed start had put aside
+
+    def begin(self) -> None:
+        """Training starts now: what was there before is given up."""
+        shutil.rmtree(self.run / _BEFORE, ignore_errors=True)
+        self.begun = True
+
+    def put_aside(self, names: tuple[str, ...]) -> None:
+        """Move files away that the start replaces."""
+        aside = self.run / _BEFORE
+        aside.mkdir()
+        for name in names:
+            if (self.run / name).exists():
+                os.replace(self.run / name, aside / name)
+
+    def restore(self, new: bool) -> None:
+        """Undo what the start has done; new: nothing was there, or it was to be overwritten."""
+        if new:
+            _remove(self.run, WRITTEN)
+        _give_back(self.run)
 
 
 @contextlib.contextmanager
-def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold a run directory against other trainings, with the resolved config in it.
+def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) -> Iterator[RunDirectory]:
+    """Hold a run directory against other trainings, with the resolved config in it; see `RunDirectory`.
 
     Raises ConfigError when it has been trained in and neither `resume` nor `overwrite` is given, when it
     holds something else, or when another process trains there.
@@ -37,6 +68,7 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite", fix="give one of them")
     with _locked(run):
+        directory = RunDirectory(run)
         others = [path.name for path in run.iterdir() if path.name not in NOT_OURS]
         if not (run / CONFIG).is_file() and others:
             raise ConfigError(
@@ -48,17 +80,35 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
                 where=run,
                 fix="pass --resume to go on, --overwrite to train it anew, or another --out",
             )
-        if overwrite:
-            for name in WRITTEN:
-                path = run / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+        directory.put_aside(WRITTEN if overwrite else (CONFIG,))
         temporary = run / f".{CONFIG}.tmp"
         temporary.write_text(to_yaml(training))
         temporary.replace(run / CONFIG)
-        yield
+        try:
+            yield directory
+        except UserError:
+            if not directory.begun:
+                directory.restore(new=overwrite or not others)
+            raise
+
+
+def _remove(run: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _give_back(run: Path) -> None:
+    """Put what was moved aside back in its place."""
+    aside = run / _BEFORE
+    if aside.is_dir():
+        for path in aside.iterdir():
+            _remove(run, (path.name,))
+            os.replace(path, run / path.name)
+        aside.rmdir()
 
 
 @contextlib.contextmanager

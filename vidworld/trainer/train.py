@@ -130,7 +130,7 @@ def train(
     loop = training.loop
     heart = Heartbeat(run, rank=_rank(), world_size=_world_size(), hang_s=loop.hang_s, silent_s=loop.silent_s)
     with (
-        held,
+        held as directory,
         heart,
         RunLog(
             run, wandb=training.wandb, config=to_mapping(training), active=first, progress_bar=progress_bar
@@ -138,15 +138,20 @@ def train(
     ):
         # Initial weights only: noise and order have seeds of their own.
         torch.manual_seed(training.seed)
+        begin = directory.begin if directory is not None else lambda: None
         match training:
             case TokenizerTraining():
-                _train_tokenizer(training, run, log, heart, resume=resume)
+                _train_tokenizer(training, run, log, heart, begin, resume=resume)
             case WorldTraining():
-                _train_world(training, run, log, heart, resume=resume)
+                _train_world(training, run, log, heart, begin, resume=resume)
+
+
+Begin = Callable[[], None]
+"""Called when nothing is left to be refused: from here on the run directory holds this run."""
 
 
 def _train_tokenizer(
-    training: TokenizerTraining, run: Path, log: RunLog, heart: Heartbeat, *, resume: bool
+    training: TokenizerTraining, run: Path, log: RunLog, heart: Heartbeat, begin: Begin, *, resume: bool
 ) -> None:
     corpus = open_corpus(training, "video")
     _, layouts = robots(corpus)
@@ -159,6 +164,7 @@ def _train_tokenizer(
     looks = [Look(training.look.validate_every, Validation(unseen, trial.autocast))]
     looks.append(Look(training.look.sample_every, TokenizerSamples(unseen, run / "samples", trial.autocast)))
     loop = trial.loop(feed, looks, {"kind": training.kind}, resume=resume)
+    begin()
     loop.fit()
     if trial.engine.rank == 0:
         averaged = loop.ema.module.net
@@ -171,7 +177,9 @@ def _train_tokenizer(
     trial.engine.barrier()
 
 
-def _train_world(training: WorldTraining, run: Path, log: RunLog, heart: Heartbeat, *, resume: bool) -> None:
+def _train_world(
+    training: WorldTraining, run: Path, log: RunLog, heart: Heartbeat, begin: Begin, *, resume: bool
+) -> None:
     corpus = open_corpus(training)
     tokenizer = load_tokenizer(training.tokenizer)
     assert isinstance(tokenizer, nn.Module)
@@ -224,6 +232,7 @@ def _train_world(training: WorldTraining, run: Path, log: RunLog, heart: Heartbe
         _refuse_other_world(run, spec, resume=resume)
         spec.write(run)
         save_tokenizer(tokenizer, run / FOLDER)
+    begin()
     loop.fit()
 
 
