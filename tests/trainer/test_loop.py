@@ -355,6 +355,20 @@ def test_looks_see_the_average_and_reach_the_log(make_loop: MakeLoop) -> None:
     assert logged == [(2, 0.5), (4, 1.0), (6, 1.5)]
 
 
+@pytest.mark.parametrize(("every", "steps", "saved"), [(0, 6, 6), (4, 6, 4)])
+def test_a_look_that_fails_costs_no_step(make_loop: MakeLoop, every: int, steps: int, saved: int) -> None:
+    """At the end of a run, and in between: the checkpoint comes first."""
+    loop = make_loop(steps=steps, save_every=4)
+
+    def look(step: int, task: Any) -> dict[str, float]:
+        raise OSError("no space left on device")
+
+    loop.looks = [Look(every, look)]
+    with pytest.raises(OSError, match="no space"):
+        loop.fit()
+    assert loop.store.names()[0] == f"step-{saved:08d}"
+
+
 def test_the_log_has_what_a_reader_needs(make_loop: MakeLoop) -> None:
     loop = make_loop(steps=4, log_every=2)
     loop.fit()

@@ -149,9 +149,10 @@ class Loop:
                     if stopping and not self.clock.finished:
                         self.save()
                         raise PreemptedError(self._farewell(stop))
-            if self.looks and self.saved_step != self.clock.step:
-                self._look(self.looks)
+            looked_at = self.saved_step == self.clock.step  # a run that was at its end already
             self.save()
+            if self.looks and not looked_at:
+                self._look(self.looks)
         finally:
             agreement.close()
             self.log.stop()
@@ -177,14 +178,14 @@ class Loop:
         self.metrics.add({**losses, **outcome})
 
     def look_and_save(self) -> None:
-        """Whatever is due after this step: the log line, a look at the averaged weights, a checkpoint."""
+        """Whatever is due after this step: the log line, a checkpoint, and then a look, which may fail."""
         step = self.clock.step
         if step % self.config.log_every == 0 or self.clock.finished:
             self._log_line()
-        if due := [look for look in self.looks if self._due(look.every)]:
-            self._look(due)
         if self._due(self.config.save_every):
             self.save()
+        if due := [look for look in self.looks if self._due(look.every)]:
+            self._look(due)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it has one."""

@@ -92,6 +92,11 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
             raise
 
 
+def has_begun(run: Path) -> bool:
+    """Whether the last start came as far as its training, and can be gone on with."""
+    return not (run / _BEFORE).is_dir()
+
+
 def _remove(run: Path, names: tuple[str, ...]) -> None:
     for name in names:
         path = run / name

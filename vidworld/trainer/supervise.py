@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from vidworld.errors import ConfigError, DivergedError, PreemptedError, UserError, VidworldError
 from vidworld.trainer.checkpoint import newest_step
 from vidworld.trainer.control import SIGNALS
+from vidworld.trainer.run import has_begun
 
 PATIENCE = 3
 """Restarts in a row without a newer checkpoint, after which it is given up."""
@@ -103,11 +104,12 @@ def supervise_command(arguments: Sequence[str], run: Path, max_restarts: int) ->
 
     def start(attempt: int) -> subprocess.Popen[bytes]:
         left_out = ["--max-restarts", "--max_restarts"]
-        if attempt:
+        go_on = attempt > 0 and has_begun(run)
+        if go_on:
             left_out += ["--overwrite", "--no-overwrite", "--resume", "--no-resume"]
         command = [sys.executable, "-m", "vidworld", "train", *without(arguments, left_out)]
         # A session of its own: Ctrl-C in a terminal must reach it once, through this process.
-        return subprocess.Popen(command + ["--resume"] * (attempt > 0), start_new_session=True)
+        return subprocess.Popen(command + ["--resume"] * go_on, start_new_session=True)
 
     code = supervise(start, lambda: newest_step(run / "checkpoints"), max_restarts)
     if code:
