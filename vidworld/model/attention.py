@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, h key-value heads (H is a multiple of h), T quer
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vidworld.errors import ConfigError, require
+from vidworld.model.rectangles import StreamSizes, rectangle_attention
 
-Backend = Literal["auto", "sdpa", "flex", "xformers"]
+Backend = Literal["auto", "sdpa", "flex", "rectangles", "xformers"]
 
 # Fused kernels lay the batch along a CUDA grid axis of this length; thousands of environments exceed it.
 MAX_KERNEL_BATCH = 65_535
 # On an H100, sdpa with a dense mask of 4,096 x 4,096 ran at half the speed of flex; the mask of a clip of
 # a few dozen frames is nothing. Where between them the two cross has not been measured.
 LARGE_MASK = 1024 * 1024
+# Who computes large masks on CUDA: the first that runs. Rectangles come first once they are measured faster.
+LARGE_MASK_ORDER: tuple["Backend", ...] = ("flex", "rectangles", "sdpa")
+
+
+class Choice(NamedTuple):
+    """A backend that runs here, and why it."""
+
+    backend: "Backend"
+    reason: str
 
 
 class Pattern(Protocol):
@@ -33,6 +43,8 @@ class Pattern(Protocol):
     def num_keys(self) -> int: ...
     @property
     def all_visible(self) -> bool: ...
+    @property
+    def sizes(self) -> StreamSizes: ...
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether query index sees key index (integer tensors that broadcast)."""
         ...
@@ -42,7 +54,7 @@ def attend(
     q_BHTD: Tensor,
     k_BhSD: Tensor,
     v_BhSD: Tensor,
-    mask: Tensor | BlockMask | Pattern | None = None,
+    mask: Tensor | BlockMask | StreamSizes | Pattern | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Softmax attention with grouped queries: [B, H, T, D].
@@ -66,38 +78,70 @@ def attend(
             return _ungroup(_xformers, q_BHTD, k_BhSD, v_BhSD, mask)
         case "flex":
             return _flex()(q_BHTD, k_BhSD, v_BhSD, block_mask=mask, enable_gqa=True)
+        case "rectangles":
+            if mask is None:
+                return _ungroup(_sdpa, q_BHTD, k_BhSD, v_BhSD, None)
+            if not isinstance(mask, StreamSizes):
+                raise ConfigError(
+                    "mask for attention backend 'rectangles'", got="a tensor", expected="a Pattern"
+                )
+            return rectangle_attention(q_BHTD, k_BhSD, v_BhSD, mask)
     raise ConfigError("attention backend", got=backend, expected=" | ".join(get_args(Backend)))
 
 
 def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype, mask_size: int) -> Backend:
-    """The concrete backend to use for a mask of `mask_size` = queries x keys (0: no mask).
+    """The backend of `choose_attention`; warns where it is not the one that was asked for."""
+    choice = choose_attention(backend, device, dtype, mask_size)
+    if backend not in ("auto", choice.backend):
+        warnings.warn(
+            f"attention backend {backend!r} does not run here, using {choice.backend}: {choice.reason}",
+            stacklevel=2,
+        )
+    return choice.backend
 
-    auto is sdpa, except that a mask of LARGE_MASK entries or more on CUDA goes to flex, which skips what is
-    hidden instead of reading it. Time attention over a clip is far below that.
+
+def choose_attention(backend: Backend, device: torch.device, dtype: torch.dtype, mask_size: int) -> Choice:
+    """The concrete backend to use for a mask of `mask_size` = queries x keys (0: no mask), and why.
+
+    auto is sdpa, except that a mask of LARGE_MASK entries or more on CUDA goes to the first of
+    LARGE_MASK_ORDER that runs: these skip what is hidden instead of reading it. Time attention over a clip is
+    far below that. A backend asked for by name that does not run gives sdpa, and its fault as the reason.
     """
     if backend not in get_args(Backend):
         raise ConfigError("attention backend", got=backend, expected=" | ".join(get_args(Backend)))
-    if backend == "auto":
-        backend = "flex" if device.type == "cuda" and mask_size >= LARGE_MASK else "sdpa"
     if backend == "sdpa":
-        return backend
-    fault = probe(backend, device.type, dtype, torch.is_grad_enabled())
-    if fault is None:
-        return backend
-    warnings.warn(f"attention backend {backend!r} does not run here, using sdpa: {fault}", stacklevel=2)
-    return "sdpa"
+        return Choice(backend, "as configured")
+    if backend != "auto":
+        fault = probe(backend, device.type, dtype, torch.is_grad_enabled())
+        return Choice(backend, "as configured") if fault is None else Choice("sdpa", fault)
+    if mask_size == 0:
+        return Choice("sdpa", "all see all, which its fused kernels do without a mask")
+    if device.type != "cuda":
+        return Choice("sdpa", f"its kernel reads a mask on {device.type}")
+    if mask_size < LARGE_MASK:
+        return Choice("sdpa", f"a mask of {mask_size:,} entries is small enough to be read")
+    faults = []
+    for name in LARGE_MASK_ORDER:
+        fault = None if name == "sdpa" else probe(name, device.type, dtype, torch.is_grad_enabled())
+        if fault is None:
+            why = f"a mask of {mask_size:,} entries is large, and {name} skips what is hidden"
+            return Choice(name, "; ".join([why if name != "sdpa" else "nothing else runs here", *faults]))
+        faults.append(f"{name} does not run here: {fault}")
+    raise AssertionError("sdpa is always there")
 
 
 def prepare_mask(
-    mask: Tensor | BlockMask | Pattern | None, backend: Backend, device: torch.device
-) -> Tensor | BlockMask | None:
+    mask: Tensor | BlockMask | StreamSizes | Pattern | None, backend: Backend, device: torch.device
+) -> Tensor | BlockMask | StreamSizes | None:
     """Bring a mask into the form that a concrete backend takes; what is already in it passes through."""
-    if mask is None or isinstance(mask, BlockMask):
+    if mask is None or isinstance(mask, BlockMask | StreamSizes):
         return mask
     if isinstance(mask, Tensor):
         return _block_mask_of(mask) if backend == "flex" else mask
     if mask.all_visible:
         return None
+    if backend == "rectangles":
+        return mask.sizes
     return _block_mask(mask, device) if backend == "flex" else dense_mask(mask, device)
 
 
@@ -109,7 +153,7 @@ def dense_mask(pattern: Pattern, device: torch.device) -> Tensor:
 
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[Backend, ...]:
     """The backends whose probe succeeds on this device and dtype."""
-    names: tuple[Backend, ...] = ("sdpa", "flex", "xformers")
+    names: tuple[Backend, ...] = ("sdpa", "flex", "rectangles", "xformers")
     return tuple(name for name in names if probe(name, torch.device(device).type, dtype) is None)
 
 
@@ -143,6 +187,8 @@ def probe(backend: Backend, device_type: str, dtype: torch.dtype, backward: bool
                     out = _ungroup(_xformers, q, k, v, mask)
                 case "flex":
                     out = _flex()(q, k, v, block_mask=_block_mask_of(mask), enable_gqa=True)
+                case "rectangles":
+                    out = rectangle_attention(q, k, v, StreamSizes(context=16, targets=0, past=0))
                 case _:
                     raise ConfigError("attention backend", got=backend)
             expected = reference(q, k, v, mask)

@@ -9,16 +9,17 @@ Shapes: B batch, T frames (all streams together), N tokens a frame, D width, G s
 their length, H query heads, h key-value heads, d head dims.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from vidworld.errors import ConfigError
-from vidworld.model.attention import Backend, attend, prepare_mask, resolve_backend
+from vidworld.model.attention import Backend, Choice, attend, choose_attention, prepare_mask, resolve_backend
 from vidworld.model.cache import KeyValue, KVCache
 from vidworld.model.embed import (
     ActionEmbedding,
@@ -30,7 +31,9 @@ from vidworld.model.embed import (
 )
 from vidworld.model.embodiments import used_latents, used_tokens
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
+from vidworld.model.rectangles import StreamSizes
 from vidworld.model.rope import Rotation, axial_rotation, rotate
+from vidworld.model.sequence import SequenceGroup, frames_of, gather_frames, to_all_frames, to_all_tokens
 from vidworld.types import Frames, SignalLevel
 
 
@@ -54,6 +57,9 @@ class DiTConfig:
     """Size of the noise that selects one joint future of a frame (energy-score models); 0 for none."""
     attention: Backend = "auto"
     """How attention is computed; what does not run here warns and falls back to sdpa."""
+    residual: Literal["float32", "autocast"] = field(default="float32", metadata={"omit_default": True})
+    """What the residual stream is kept in under autocast: `autocast` is half the memory traffic, and rounds
+    what each block adds."""
 
     def __post_init__(self) -> None:
         counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
@@ -101,7 +107,7 @@ class Axis(NamedTuple):
 
     query: Rotation
     key: Rotation
-    mask: Tensor | BlockMask | None
+    mask: Tensor | BlockMask | StreamSizes | None
     backend: Backend
 
 
@@ -159,6 +165,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
+        self.sequence: SequenceGroup | None = None
         self.space = SelfAttention(config)
         self.time = SelfAttention(config) if config.attends_time(layer) else None
         self.mlp = SwiGLU(config)
@@ -186,11 +193,17 @@ class Block(nn.Module):
         new = None
         if self.time is not None:
             shift, scale, gate = parts[3:6]
-            h_GnD = modulate(x_BTND, shift, scale).transpose(1, 2).flatten(0, 1)
+            h_BTND = modulate(x_BTND, shift, scale)
+            if self.sequence is not None:
+                h_BTND = to_all_frames(h_BTND, self.sequence)
+            h_GnD = h_BTND.transpose(1, 2).flatten(0, 1)
             if past is not None:
                 past = KeyValue(past.key.flatten(0, 1), past.value.flatten(0, 1))
             h_GnD, new = self.time(h_GnD, time, past)
-            x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, tokens)).transpose(1, 2)
+            h_BTND = h_GnD.unflatten(0, (batch, -1)).transpose(1, 2)
+            if self.sequence is not None:
+                h_BTND = to_all_tokens(h_BTND, tokens, self.sequence)
+            x_BTND = x_BTND + gate * h_BTND
             new = KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new)) if commit else None
 
         shift, scale, gate = parts[-3:]
@@ -225,6 +238,8 @@ class CausalDiT(nn.Module):
                     expected=f"a multiple of patch_size = {config.patch_size}",
                 )
         self.config, self.shape = config, shape
+        self.sequence: SequenceGroup | None = None
+        self.checkpoint_blocks = False
         width = config.width
         self.action_embedding = ActionEmbedding(shape, width)
         self.token_embedding = TokenEmbedding(shape, width, config.patch_size, config.num_registers)
@@ -285,25 +300,48 @@ class CausalDiT(nn.Module):
         """
         streams = replace(streams, past=0 if cache is None else cache.num_frames)
         assert frames.num_frames == streams.num_queries, (frames.num_frames, streams)
+        if self.sequence is not None:
+            assert cache is None, "a cache is not cut across ranks"
+            assert not commit, "a cache is not cut across ranks"
+            mine = (slice(None), frames_of(self.sequence, streams.num_queries))
+            frames, level, step_BT = frames[mine], level[mine], step_BT[mine]
+            conditioning = conditioning.frames(mine[1])
         actions_BTkD = self.action_embedding(conditioning)
         frames = self.unpadded(frames, conditioning.embodiment_B)
         x_BTND = self.token_embedding(frames, actions_BTkD, conditioning.embodiment_B)
         condition_BTD = self.condition_embedding(level, step_BT, actions_BTkD, conditioning)
+        if self.config.residual == "autocast":
+            x_BTND = x_BTND.to(compute_dtype(x_BTND))
 
         space, time = self._axes(streams, x_BTND, conditioning.embodiment_B)
         committed: list[KeyValue] = []
         past = iter(() if cache is None else cache.layers)
         for block in self.blocks:
             of_block = next(past, None) if block.time is not None else None
-            x_BTND, new = block(x_BTND, condition_BTD, space, time, of_block, commit)
+            x_BTND, new = self._run(block, x_BTND, condition_BTD, space, time, of_block, commit)
             if new is not None:
                 committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
 
         prediction = self.predict(x_BTND, self.modulate_head_by(condition_BTD), conditioning.embodiment_B)
         prediction = prediction.map(lambda output, like: output.to(like.dtype), frames)
+        if (group := self.sequence) is not None:
+            prediction = prediction.map(lambda output: gather_frames(output, group))
         if not commit:
             return prediction, None
         return prediction, KVCache(tuple(committed)) if cache is None else cache.append(committed)
+
+    def time_attention(self, streams: Streams, device: torch.device, dtype: torch.dtype) -> Choice:
+        """The backend that time attention will use here, and why."""
+        size = streams.num_queries * streams.num_keys
+        return choose_attention(self.config.attention, device, dtype, size)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, KeyValue | None]:
+        """Run a block, and with `checkpoint_blocks` keep only its inputs for the backward pass."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            # No dropout in a block, so there is no random state to keep either.
+            output: Any = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return output
+        return block(*inputs)
 
     def unpadded(self, frames: Frames, embodiment_B: Tensor) -> Frames:
         """Zeros for all latents that pad an embodiment's pictures; no gradient comes from there."""

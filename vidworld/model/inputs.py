@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidworld.contract import ActionContract
 from vidworld.errors import ConfigError
+from vidworld.model.rectangles import StreamSizes
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ class Streams:
         earlier_context = (key_stream == 0) & (key_frame < query_frame)
         return (key < self.past) | itself | earlier_context
 
+    @property
+    def sizes(self) -> StreamSizes:
+        """The same as plain numbers."""
+        return StreamSizes(self.context, self.targets, self.past)
+
     def query_positions(self, device: torch.device) -> Tensor:
         """Time position of each given frame: [num_queries] int64."""
         return torch.arange(self.past, self.past + self.context, device=device).repeat(1 + self.targets)
@@ -194,3 +200,35 @@ class Streams:
     def key_positions(self, device: torch.device) -> Tensor:
         """Time position of each key, which for cached frames is the slot: [num_keys] int64."""
         return torch.cat([torch.arange(self.past, device=device), self.query_positions(device)])
+
+
+@dataclass(frozen=True)
+class FrameCausal:
+    """`streams` of `tokens` tokens a frame on one axis: a token sees all tokens of the frames it sees."""
+
+    streams: Streams
+    tokens: int
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens given to the model."""
+        return self.streams.num_queries * self.tokens
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens that can be looked at."""
+        return self.streams.num_keys * self.tokens
+
+    @property
+    def all_visible(self) -> bool:
+        """Whether no mask is needed."""
+        return self.streams.all_visible
+
+    @property
+    def sizes(self) -> StreamSizes:
+        """The same as plain numbers."""
+        return self.streams.sizes._replace(tokens=self.tokens)
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether query token `query` sees key token `key` (integer tensors that broadcast)."""
+        return self.streams.visible(query // self.tokens, key // self.tokens)

@@ -33,6 +33,16 @@ class EngineConfig:
     """Compile the blocks: `auto` on a GPU only."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
+    checkpoint_activations: bool = False
+    """Of each block keep only its input and compute it again in the backward pass: a third more work for a
+    fraction of the memory, and the same gradients. `vidworld plan` says when memory needs it."""
+    sequence_parallel: int = 1
+    """Ranks that share each clip, every one computing some of its frames: for clips too long for one GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("accumulation", "sequence_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name}", got=getattr(self, name), expected="at least 1")
 
 
 class Engine(Protocol):

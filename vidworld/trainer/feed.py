@@ -33,9 +33,7 @@ def clip_feed(
     they are longer. Raises DataError and ConfigError as `make_loader` does.
     """
     layout = {"rank": rank, "world_size": world_size, "accumulation": accumulation}
-    configs = {"short": config}
-    if long_clip_fraction:
-        configs["long"] = _long(config, long_clip_frames, world_size * accumulation)
+    configs = clip_kinds(config, long_clip_frames, long_clip_fraction, world_size * accumulation)
 
     def kind_steps(step: int) -> dict[str, int]:
         """Steps of each kind among the first `step`."""
@@ -102,6 +100,15 @@ def part_batches(mixture: Mixture, label: str, split: str, config: LoaderConfig,
         tensors = {name: torch.from_numpy(array) for name, array in reader.stack(clips).items()}
         batches.append(Batch(ids=tuple(clip.id for clip in clips), **tensors))
     return batches
+
+
+def clip_kinds(
+    config: LoaderConfig, long_clip_frames: int, long_clip_fraction: float, parts: int
+) -> dict[str, LoaderConfig]:
+    """The loader's settings for each kind of clip that a run reads, in batches of `parts` micro-batches."""
+    if not long_clip_fraction:
+        return {"short": config}
+    return {"short": config, "long": _long(config, long_clip_frames, parts)}
 
 
 def _long(config: LoaderConfig, frames: int, parts: int) -> LoaderConfig:

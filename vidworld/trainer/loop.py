@@ -101,6 +101,7 @@ class Loop:
         run: Path,
         seed: int,
         accumulation: int = 1,
+        sequence_parallel: int = 1,
         log: RunLog,
         looks: Sequence[Look] = (),
         identity: Mapping[str, Any] | None = None,
@@ -110,6 +111,11 @@ class Loop:
         self.seed, self.accumulation, self.log, self.looks = seed, accumulation, log, list(looks)
         self.identity = dict(identity or {})
         self.heart = heart
+        # Ranks that share clips draw the same noise, and count their frames once.
+        self._clip_rank, self._clip_ranks = (
+            engine.rank // sequence_parallel,
+            engine.world_size // sequence_parallel,
+        )
         self.ema = ema
         ema.module.to(engine.device)
         self.clock = Clock(config.steps, config.minutes)
@@ -163,7 +169,7 @@ class Loop:
         shares = self._shares(micro_batches)
         losses: dict[str, Tensor] = {}
         for micro, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
-            part = micro * self.engine.world_size + self.engine.rank
+            part = micro * self._clip_ranks + self._clip_rank
             generator = noise_generator(self.seed, number, part, self.engine.device)
             moment = Moment(progress, number * self.accumulation + micro)
             last = micro == len(micro_batches) - 1
@@ -280,7 +286,7 @@ class Loop:
         self._longest_streak = self._streak
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
-        frames = self._frames * self.engine.world_size
+        frames = self._frames * self._clip_ranks
         steps = max(1, self.clock.step - self._steps_logged)
         self._steps_logged = self.clock.step
         row = {

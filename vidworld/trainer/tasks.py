@@ -29,6 +29,7 @@ from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
 from vidworld.model.normalizer import Normalizer
 from vidworld.model.parameters import muon_parameters
+from vidworld.model.sequence import SequenceGroup, shard_sequence
 from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions, fold_views, to_unit_range
 from vidworld.tokenizers.conv import ConvTokenizer
@@ -75,6 +76,14 @@ class Task(nn.Module, ABC, Generic[N]):
 
     def compile_parts(self) -> None:
         """Compile what runs in training, in place; names in the state dict stay as they are."""
+
+    def checkpoint_parts(self) -> None:
+        """Keep fewer activations and compute them again. Raises ConfigError where that cannot be done."""
+        raise ConfigError("engine.checkpoint_activations", got=True, expected="false for this kind of model")
+
+    def share_clips(self, group: SequenceGroup) -> None:
+        """Compute together with the other ranks of a group. Raises ConfigError where that cannot be done."""
+        raise ConfigError("engine.sequence_parallel", got=group.size, expected="1 for this kind of model")
 
 
 class TokenizerTask(Task[ConvTokenizer]):
@@ -231,6 +240,14 @@ class WorldTask(Task[CausalDiT]):
         from vidworld.model.compile import compile_blocks
 
         compile_blocks(self.net)
+
+    def checkpoint_parts(self) -> None:
+        """Keep only the input of each block."""
+        self.net.checkpoint_blocks = True
+
+    def share_clips(self, group: SequenceGroup) -> None:
+        """Compute some frames of every clip."""
+        shard_sequence(self.net, group)
 
 
 def pictures(batch: Batch, layouts: Sequence[Layout] = ()) -> list[Tensor]:

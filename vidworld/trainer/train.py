@@ -17,6 +17,7 @@ from vidworld.config import parse, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.files import require_local
 from vidworld.model.embodiments import carry_over
+from vidworld.model.sequence import sequence_groups
 from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
 from vidworld.tokenizers.pretrained import require_statistics
@@ -35,7 +36,7 @@ from vidworld.trainer.corpus import (
 )
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import autocast_of, build_engine, uses_compile
-from vidworld.trainer.feed import clip_feed
+from vidworld.trainer.feed import clip_feed, clip_kinds
 from vidworld.trainer.heartbeat import Heartbeat
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Look, Loop
@@ -43,6 +44,7 @@ from vidworld.trainer.run import CONFIG, open_run
 from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Validation, WorldSamples
 from vidworld.trainer.supervise import supervise_command
 from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
+from vidworld.trainer.warm_up import clip_shapes, prepare_kernels
 from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
 from vidworld.world.load import find
@@ -233,6 +235,9 @@ def _train_world(
         spec.write(run)
         save_tokenizer(tokenizer, run / FOLDER)
     begin()
+    kinds = clip_kinds(training.loader, training.long_clip_frames, training.long_clip_fraction, trial.parts)
+    shapes = clip_shapes(list(kinds.values()), trial.parts)
+    log.say(prepare_kernels(task, shapes, trial.engine.device, trial.autocast, uses_compile(training.engine)))
     loop.fit()
 
 
@@ -244,6 +249,8 @@ class _Trial:
         config = training.engine
         # Before compiling and wrapping: a plain copy that can be run by itself.
         self.ema = EMA(task, training.loop.ema_decay)
+        if config.checkpoint_activations:
+            task.checkpoint_parts()
         if uses_compile(config):
             task.compile_parts()
         self.engine = build_engine(
@@ -251,14 +258,22 @@ class _Trial:
             config,
             training.optim,
             matrices=task.matrices(),
-            micro_batch_size=max(1, training.loader.batch_size // (config.accumulation * _world_size())),
+            micro_batch_size=max(1, training.loader.batch_size // self.parts),
         )
+        if config.sequence_parallel > 1:
+            task.share_clips(sequence_groups(config.sequence_parallel))
         self.autocast: Callable[[], torch.autocast] = autocast_of(config, self.engine.device)
         self.layout = {
-            "rank": self.engine.rank,
-            "world_size": self.engine.world_size,
+            "rank": self.engine.rank // config.sequence_parallel,
+            "world_size": self.engine.world_size // config.sequence_parallel,
             "accumulation": config.accumulation,
         }
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step, over all ranks that have clips of their own."""
+        config = self.training.engine
+        return config.accumulation * max(1, _world_size() // config.sequence_parallel)
 
     def loop(self, feed: Feed, looks: list[Look], identity: dict[str, Any], *, resume: bool) -> Loop:
         """The loop, standing at the newest checkpoint if it is to resume."""
@@ -273,6 +288,7 @@ class _Trial:
             run=self.run,
             seed=training.seed,
             accumulation=training.engine.accumulation,
+            sequence_parallel=training.engine.sequence_parallel,
             log=self.log,
             looks=looks,
             identity=identity,
