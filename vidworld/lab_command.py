@@ -45,8 +45,8 @@ class LabOptions:
     """Pixels of a side: 64, 128 or 256; default 128 (planar: 64, any that 16 divides)."""
     seed: int = 0
     """Seed of the first episode; the next ones count up from it."""
-    variety: Literal["core", "full"] = "core"
-    """`core`: four cameras and few backgrounds; `full`: all of them."""
+    variety: Literal["one", "core", "full"] = "core"
+    """`one`: one camera, table and light; `core`: four cameras and few backgrounds; `full`: all of them."""
     exploration: float = 0.35
     """Share of episodes that explore instead of following a script."""
     control: Literal["joint", "ee_delta"] = "joint"
@@ -69,7 +69,7 @@ class ShowOptions:
     """Directory that is made."""
     frames: int = 64
     size: int = 128
-    variety: Literal["core", "full"] = "core"
+    variety: Literal["one", "core", "full"] = "core"
     exploration: float = 0.35
     robot: Path | None = None
     overwrite: bool = False
@@ -202,7 +202,7 @@ def _make(options: LabOptions) -> None:
         size = options.size or 64
         source = PlanarSource(options.episodes, options.seed, PlanarConfig(options.frames or 48, size))
     else:
-        source = LabSource(options.kind, options.episodes, options.seed, _config(options))
+        source = LabSource(options.kind, options.episodes, options.seed, config_of(options))
         size = source.config.size
         _check_renderer(source.config)
     settings = ConvertOptions(
@@ -216,7 +216,8 @@ def _make(options: LabOptions) -> None:
     print(f"{where}; next: vidworld inspect {options.out}")
 
 
-def _config(options: LabOptions) -> "LabConfig":
+def config_of(options: LabOptions) -> "LabConfig":
+    """What the options ask of the lab. Raises ConfigError for sizes and lengths that it does not have."""
     from vidworld.lab.episode import LabConfig
 
     return LabConfig(

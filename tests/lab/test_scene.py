@@ -149,12 +149,24 @@ def test_scenes_of_other_sizes_do_not_disturb_each_other():
 def test_impossible_sizes_and_varieties_are_refused():
     with pytest.raises(ConfigError, match="100"):
         make_scene(size=100)
-    with pytest.raises(ConfigError, match="core or full"):
+    with pytest.raises(ConfigError, match="one or core or full"):
         scene.sample_look(np.random.default_rng(0), Framing(), "garish")
     cameras = {
         scene.sample_look(np.random.default_rng(seed), Framing(), "core")["azimuth_deg"] for seed in range(60)
     }
     assert len(cameras) == 4
+
+
+def test_one_look_leaves_the_rest_of_a_seed_as_it_is():
+    looks, afterwards = [], []
+    for seed in range(8):
+        for variety in ("one", "core"):
+            rng = np.random.default_rng(seed)
+            looks.append((variety, str(scene.sample_look(rng, Framing(), variety))))
+            afterwards.append(rng.random())
+    assert len({look for variety, look in looks if variety == "one"}) == 1
+    assert len({look for variety, look in looks if variety == "core"}) > 4
+    assert afterwards[::2] == afterwards[1::2]
 
 
 def test_any_mjcf_arm_with_the_named_joints_is_taken(tmp_path):

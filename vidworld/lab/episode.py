@@ -19,7 +19,7 @@ from vidworld.errors import ConfigError, DataError
 from vidworld.lab.effect import EFFECTS, FRAME_S, BaseEffect, Plan
 from vidworld.lab.gl import mujoco
 from vidworld.lab.kinematics import ArmPlanner
-from vidworld.lab.scene import SIZES, Scene, halve, planner, sample_look
+from vidworld.lab.scene import SIZES, VARIETIES, Scene, halve, planner, sample_look
 from vidworld.types import EmbodimentSpec
 
 VERSION = 2
@@ -28,6 +28,7 @@ ATTEMPTS = 40
 MOST_FRAMES = 256
 
 Control = Literal["joint", "ee_delta"]
+Variety = Literal["one", "core", "full"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class LabConfig:
     """At 12.5 Hz; at most 256."""
     size: int = 128
     """Pixels of a side: 64, 128 or 256."""
-    variety: Literal["core", "full"] = "core"
-    """`core`: four cameras and few backgrounds, what a small model learns first."""
+    variety: Variety = "core"
+    """`core`: four cameras and few backgrounds, what a small model learns first; `one`: a single look."""
     exploration: float = 0.35
     """Share of episodes that explore instead of following a script."""
     control: Control = "joint"
@@ -58,7 +59,7 @@ class LabConfig:
             raise ConfigError("frames", got=self.frames, expected=f"2 to {MOST_FRAMES}")
         if not 0 <= self.exploration <= 1:
             raise ConfigError("exploration", got=self.exploration, expected="a share from 0 to 1")
-        for name, known in (("variety", ("core", "full")), ("control", ("joint", "ee_delta"))):
+        for name, known in (("variety", VARIETIES), ("control", ("joint", "ee_delta"))):
             if getattr(self, name) not in known:
                 raise ConfigError(name, got=getattr(self, name), expected=" or ".join(known))
 
