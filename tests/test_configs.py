@@ -4,13 +4,24 @@ from pathlib import Path
 
 import pytest
 
+from vidworld.config import from_yaml
 from vidworld.demo import DemoOptions, _write_configs
+from vidworld.evaluation.readout_training import ReadoutTraining
 from vidworld.trainer.config import TokenizerTraining, WorldTraining, read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+READOUTS = sorted((ROOT / "configs").glob("readout*.yaml"))
+OTHERS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(READOUTS))
+
+
+@pytest.mark.parametrize("path", READOUTS, ids=lambda path: path.name)
+def test_shipped_configs_of_readouts_are_valid(path):
+    assert from_yaml(ReadoutTraining, path) != ReadoutTraining()
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path):
     assert isinstance(read_training(path), TokenizerTraining | WorldTraining)
 

@@ -30,6 +30,9 @@ COMMANDS = {
     "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
     "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),
     "eval": Command("vidworld.evaluation.evaluate:main", "measure a world model on held-out episodes"),
+    "readout": Command(
+        "vidworld.evaluation.readout_command:main", "read paint, liquid, smoke and poses off lab pictures"
+    ),
     "export": Command("vidworld.evaluation.export:main", "pack a run into a small folder to share"),
     "demo": Command("vidworld.demo:main", "logs to shards to model to rollouts, in minutes on a CPU"),
 }

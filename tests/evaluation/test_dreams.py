@@ -11,8 +11,9 @@ from vidworld import cli, media
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
 from vidworld.data.sources.lerobot import LeRobotSource
-from vidworld.errors import ConfigError
-from vidworld.evaluation.dreams import check_world
+from vidworld.errors import ConfigError, DataError
+from vidworld.evaluation.dreams import check_world, is_imagined
+from vidworld.evaluation.lab_truth import kind_of
 from vidworld.world.spec import WorldSpec
 
 CONTEXT, FRAMES, SAMPLES, SEED = 3, 5, 2, 7
@@ -100,6 +101,15 @@ def test_dreams_become_shards_that_say_where_they_came_from(dreamt, untrained_ru
     meta = ShardDataset.open(tmp_path / "dreams").read("episode_000001").meta
     assert meta["source"]["episode_id"] == f"dream-{SEED}-1"
     assert meta["source"]["origin"]["imagined"] is True
+    assert is_imagined(meta["source"])
+    with pytest.raises(DataError, match="an imagined episode"):
+        kind_of(meta, where="here")
+
+
+def test_recorded_episodes_do_not_pass_for_imagined_ones(planar_data, episode):
+    assert not is_imagined(ShardDataset.open(planar_data).meta(episode)["source"])
+    assert not is_imagined({"imagined": False, "origin": [{"world": "lab_paint"}, None, 3]})
+    assert is_imagined({"origin": {"made_of": [{"imagined": True}]}})
 
 
 def test_a_picture_gives_the_proprioception_that_the_world_read_off_it(untrained_run, tmp_path):

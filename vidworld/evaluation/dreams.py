@@ -25,6 +25,8 @@ from vidworld.world.spec import WorldSpec
 
 FOLDER = "lerobot"
 """Of the dataset in the output directory of a rollout."""
+IMAGINED = "imagined"
+"""True in what an imagined episode, and every dataset made of it, says of its source."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ def check_world(spec: WorldSpec) -> None:
         )
 
 
+def is_imagined(facts: Any) -> bool:
+    """Whether an episode's `source`, or what it says of its own origin, says that it was imagined."""
+    match facts:
+        case Mapping():
+            return facts.get(IMAGINED) is True or any(map(is_imagined, facts.values()))
+        case list() | tuple():
+            return any(map(is_imagined, facts))
+        case _:
+            return False
+
+
 def write_lerobot(
     folder: Path, spec: WorldSpec, grounding: Grounding, dreams: Dreams, record: Mapping[str, Any]
 ) -> None:
@@ -71,7 +84,7 @@ def write_lerobot(
                 lerobot.SAMPLE: sample,
                 lerobot.SPLIT: "train",
                 lerobot.OUTCOME: "{}",
-                lerobot.ORIGIN: json.dumps({"imagined": True, **known}, sort_keys=True),
+                lerobot.ORIGIN: json.dumps({IMAGINED: True, **known}, sort_keys=True),
             }
             writer.add(encode_episode(_take(spec, grounding, dreams, index, facts), layout))
         writer.finish(
