@@ -44,11 +44,6 @@ class LabFrames:
         bits = self.bits_NMX[rows]
         return np.unpackbits(bits, axis=-1, count=height * width).reshape(*bits.shape[:2], height, width) > 0
 
-    @property
-    def episodes(self) -> np.ndarray:
-        """Index of each frame's episode [N]."""
-        return np.unique(self.first_N, return_inverse=True)[1]
-
 
 def view_of(dataset: ShardDataset, *, where: object) -> str:
     """The one camera of a dataset of videos. Raises DataError for latents or several cameras."""
