@@ -1,5 +1,7 @@
 """Pouring and stirring end to end: nothing leaks early, liquid goes where it is poured, the arm feels it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
 from vidworld.lab import gl
 from vidworld.lab.effect import Camera
 from vidworld.lab.episode import LabConfig, LabEpisode, generate, resimulate
+from vidworld.lab.flip import PER_AXIS
+from vidworld.lab.liquid import CELL, LiquidEffect
 from vidworld.lab.liquid_plan import cup_pose, tool_of_lip
 from vidworld.lab.liquid_render import LIQUIDS, draw_liquid, surface_of
 
@@ -81,6 +85,50 @@ def test_a_stirred_tray_loses_nothing_it_should_keep():
     episode = first("stir", clear=True, render=False)
     assert episode.outcomes_T["received_ml"][-1] > 0.97 * episode.outcomes_T["received_ml"][0]
     assert episode.outcomes_T["kinetic_mj"][10:].max() > 1
+
+
+class Watched(LiquidEffect):
+    """Keeps, a frame, by what share the liquid's apparent volume is off."""
+
+    def __init__(self) -> None:
+        self.tilted, self.off = [], []
+
+    def outcome(self):
+        readouts = super().outcome()
+        x, held, cell = self._flip.x_N3.astype(float), self._solids[0], CELL[self._visible["task"]]
+        if self._visible["task"] == "stir":
+            volume = surface_of(self._flip.x_N3, cell / PER_AXIS).volume()
+            self.first = getattr(self, "first", volume)
+            self.off.append(volume / self.first - 1)
+        elif readouts["cup_ml"] > 0.99 * len(x) * 1e6 * (cell / PER_AXIS) ** 3:
+            true, rotation = len(x) * (cell / PER_AXIS) ** 3, held[4:13].reshape(3, 3)
+            self.off.append(calm_volume(held, x[:, 2] - held[3]) / true - 1)
+            self.tilted.append(float(np.arccos(np.clip(rotation[2, 2], -1, 1))))
+        return readouts
+
+
+def calm_volume(cup: np.ndarray, height_N: np.ndarray, points: int = 50) -> float:
+    """Volume of calm liquid in a tilted cup, from the mean height of it over the middle of the floor."""
+    radius, tall, up = cup[19], cup[20], cup[4:13].reshape(3, 3)[2]
+    axis = (np.arange(points) + 0.5) / points
+    x, y, z = np.meshgrid((2 * axis - 1) * radius, (2 * axis - 1) * radius, axis * tall, indexing="ij")
+    inside = np.hypot(x, y) < radius
+    heights = np.sort(np.stack([x[inside], y[inside], z[inside]], axis=1) @ up)
+    count = np.arange(len(heights)) + 1
+    filled = np.interp(height_N.mean(), np.cumsum(heights) / count, count)
+    return float(filled / len(heights) * np.pi * radius**2 * tall)
+
+
+@pytest.mark.parametrize(("seed", "frames"), [(5, 24), (2, 22), (1, 64)])
+def test_the_volume_of_a_carried_cup_and_of_a_stirred_tray_holds(monkeypatch, seed, frames):
+    effect = Watched()
+    effect.frames = frames
+    monkeypatch.setattr("vidworld.lab.episode.effect_of", lambda kind, frames: effect)
+    generate("liquid", seed, dataclasses.replace(CONFIG, frames=frames), render=False)
+    assert len(effect.off) >= 20
+    assert np.abs(effect.off).max() < 0.05
+    if effect.tilted:
+        assert max(effect.tilted) > 0.7, "carried and tilted, up to where it begins to pour"
 
 
 def blob(count: int = 14) -> np.ndarray:

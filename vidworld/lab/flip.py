@@ -20,6 +20,8 @@ from vidworld.lab.flip_solids import WIDTH, collide, distances  # noqa: E402
 
 PER_AXIS = 2
 PER_CELL = PER_AXIS**3
+THICKNESS = 1.6
+"""Cells that walls count as thick at least: a cell half in a thinner one sees the air behind it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Flip:
         self._open_M6 = np.zeros((most, 6))
         self._neighbour_M6, self._owner_M6 = np.zeros((most, 6), np.int32), np.zeros((most, 6), np.int32)
         self._vectors = [np.zeros(most) for _ in range(8)]
+        self._root = np.zeros(most, np.int32)
         self._solids = np.zeros((0, WIDTH))
         self._span = np.zeros(3, np.int64), np.zeros(3, np.int64)
         self.impulse_S6 = np.zeros((1, 6))
@@ -114,7 +117,10 @@ class Flip:
             transfer.normalise(self._new[axis], self._valid[axis], self._old[axis], fall, low, ends)
         self._density[box] = 0
         transfer.scatter(x, v, 3, *grid, self._density, self._density)
-        self._solve(dt, solids, low, high)
+        # Where the particles still are the solids were too, a step ago; they move on together.
+        moving = before.copy()
+        moving[:, 13:19] = solids[:, 13:19]
+        self._solve(dt, moving, low, high)
         rate = config.viscosity * dt / config.cell**2
         if rate > 1e-3:
             for field, valid in zip(self._new, self._valid, strict=True):
@@ -122,7 +128,8 @@ class Flip:
         flip = config.flip / (1 + 4 * rate)
         u = np.zeros_like(x)
         for axis in range(3):
-            transfer.gather(x, v, axis, *grid, self._new[axis], self._old[axis], self._valid[axis], flip, u)
+            fields = self._new[axis], self._old[axis], self._valid[axis]
+            transfer.gather(x, v, axis, *grid, *fields, flip, config.cell / dt, u)
         self._correct(dt)
         old_x = x.copy()
         transfer.advect(x, u, *grid, dt, *self._faces(), self.low_3, self.high_3)
@@ -143,10 +150,11 @@ class Flip:
         unit = config.density * config.cell**3
         pressure.assemble(
             self._cells_M3, self.count, self._index, self._density, float(PER_CELL), solids, *grid,
-            1.15 * config.cell, self._node, self._owner, *self._faces(), self._open_M6,
+            THICKNESS * config.cell, self._node, self._owner, *self._faces(), self._open_M6,
             self._neighbour_M6, self._owner_M6, theta, diagonal, source, excess,
             unit, self.impulse_S6,
         )  # fmt: skip
+        pressure.settle_pockets(self.count, self._neighbour_M6, source, excess, self._root)
         used = self._cells_M3[: self.count]
         where = tuple(used.T)
         p[: self.count] = self._guess[where]

@@ -205,6 +205,46 @@ def assemble(
 
 
 @numba.njit(cache=True, error_model="numpy")
+def settle_pockets(count, neighbour_M6, source_M, excess_M, root):
+    """Make both systems solvable where liquid is shut in: there, nothing can be gained or lost.
+
+    Cells that no chain of open faces joins to air have a singular matrix; a right-hand side with a mean
+    would send conjugate gradients, and with them all the liquid, to infinity. `root` is scratch [M].
+    """
+    for q in range(count):
+        root[q] = q
+    for q in range(count):
+        for f in range(1, 6, 2):
+            n = neighbour_M6[q, f]
+            if n >= 0:
+                a, b = q, n
+                while root[a] != a:
+                    root[a] = root[root[a]]
+                    a = root[a]
+                while root[b] != b:
+                    root[b] = root[root[b]]
+                    b = root[b]
+                root[max(a, b)] = min(a, b)
+    airy, total = np.zeros(count, np.bool_), np.zeros((count, 3))
+    for q in range(count):
+        a = q
+        while root[a] != a:
+            a = root[a]
+        root[q] = a
+        total[a, 0] += source_M[q]
+        total[a, 1] += excess_M[q]
+        total[a, 2] += 1.0
+        for f in range(6):
+            if neighbour_M6[q, f] == AIR:
+                airy[a] = True
+    for q in range(count):
+        a = root[q]
+        if not airy[a]:
+            source_M[q] -= total[a, 0] / total[a, 2]
+            excess_M[q] -= total[a, 1] / total[a, 2]
+
+
+@numba.njit(cache=True, error_model="numpy")
 def clear(cells_M3, count, index, node):
     """Reset what one step left in the dense scratch grids."""
     for q in range(count):

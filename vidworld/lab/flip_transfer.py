@@ -107,10 +107,11 @@ def _sample(field, valid, gx, gy, gz):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def gather(x_N3, v_N3, axis, origin_3, cell, new, old, valid, flip, grid_N3):
+def gather(x_N3, v_N3, axis, origin_3, cell, new, old, valid, flip, apart, grid_N3):
     """Blend of PIC and FLIP (Zhu and Bridson 2005): v <- flip (v + du) + (1 - flip) u.
 
-    `grid_N3` gets the grid's velocity u at each particle.
+    `grid_N3` gets the grid's velocity u at each particle; v stays within `apart` (m/s) of it, or a particle
+    that clings to a wall would gather the speed of a free fall.
     """
     inverse = 1.0 / cell
     sx = 0.0 if axis == 0 else 0.5
@@ -135,7 +136,9 @@ def gather(x_N3, v_N3, axis, origin_3, cell, new, old, valid, flip, grid_N3):
                         change += w * (value - old[i + di, j + dj, k + dk])
                         weights += w
         grid_N3[p, axis] = fresh / weights
-        v_N3[p, axis] = flip * (v_N3[p, axis] + change / weights) + (1.0 - flip) * fresh / weights
+        u = fresh / weights
+        mixed = flip * (v_N3[p, axis] + change / weights) + (1.0 - flip) * u
+        v_N3[p, axis] = min(max(mixed, u - apart), u + apart) if weights > 1e-9 else mixed
 
 
 @numba.njit(cache=True, error_model="numpy")
