@@ -14,6 +14,17 @@ class Inner:
     rate: float = 1e-3
     kind: Literal["a", "b"] = "a"
 
+    def __post_init__(self):
+        if self.rate < 0:
+            raise ConfigError("rate", got=self.rate, expected="0 or more")
+
+
+@dataclass(frozen=True)
+class Required:
+    """Has a setting without a default."""
+
+    name: str
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -75,6 +86,15 @@ def test_bad_flags_are_one_line(arguments, says):
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "╭" not in str(caught.value)
+
+
+def test_own_checks_and_missing_settings_keep_their_words():
+    with pytest.raises(ConfigError, match=r"^rate in c\.yaml: got -1\.0, expected 0 or more$"):
+        config.from_mapping(Outer, {"inner": {"rate": -1.0}}, where="c.yaml")
+    with pytest.raises(ConfigError, match=r"^rate: got -1\.0, expected 0 or more$"):
+        config.parse(Outer, ["--inner.rate", "-1"], prog="vidworld x")
+    with pytest.raises(ConfigError, match=r"^setting 'name' is missing in c\.yaml$"):
+        config.from_mapping(Required, {}, where="c.yaml")
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "!!python/object/apply:os.system ['true']"])

@@ -36,6 +36,12 @@ def from_mapping(cls: type[T], differences: Mapping[str, Any], *, where: object 
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        own = first.get("ctx", {}).get("error")
+        if isinstance(own, UserError):  # a check of the dataclass
+            facts = {"got": own.got, "expected": own.expected, "fix": own.fix}
+            raise ConfigError(own.what, where=own.where or where, **facts) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"setting {path!r} is missing", where=where) from None
         raise ConfigError(
             f"setting {path!r}" if path else "setting",
             where=where,

@@ -302,6 +302,9 @@ def test_wrong_data_is_refused(
         train(settings.world(latents, other), tmp_path / "b", progress_bar=False)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         train(settings.world(latents, planar), tmp_path / "c", progress_bar=False)
+    with pytest.raises(DataError, match="smaller clip_frames"):
+        train(settings.world(planar, other, loader={"clip_frames": 999}), tmp_path / "d", progress_bar=False)
+    assert not (tmp_path / "d" / "latents").exists(), "said before encoding"
 
 
 def test_the_command_line(

@@ -14,6 +14,7 @@ import tyro
 from torch import nn
 
 from vidworld.config import parse, to_mapping
+from vidworld.data.loader import make_loader
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.files import require_local
 from vidworld.model.embodiments import carry_over
@@ -204,6 +205,7 @@ def _train_world(
     if trial.engine.rank == 0:
         tokenizer.to(trial.engine.device)
     folder = training.latents or run / "latents"
+    make_loader(corpus, "train", training.loader, seed=training.seed)  # refuses before the long work
     if trial.engine.rank == 0:
         encode_corpus(corpus, tokenizer, folder)
     trial.engine.barrier()
