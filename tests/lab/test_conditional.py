@@ -75,7 +75,7 @@ def test_weighted_draws_are_the_posterior_of_bayesian_regression(monkeypatch, st
     [
         ("container", 3, 64, 10, 40, 5),
         ("paint", 10, 64, 4, 50, 4),
-        ("smoke", 2, 20, 2, 20, 3),
+        ("smoke", 2, 16, 2, 16, 2),
         ("liquid", 0, 34, 8, 34, 2),
     ],
 )

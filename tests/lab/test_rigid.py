@@ -12,6 +12,7 @@ SCRIPTED = LabConfig(exploration=0.0, size=64)
 
 
 def test_scripted_picks_lift_and_missed_ones_do_not():
+    # Over 60 picks: tools/bench/lab_outcomes.py, `lab.pick_success`.
     lifted, missed, pushed = [], [], []
     for seed in range(40):
         episode = generate("rigid", seed, SCRIPTED, render=False)
@@ -41,8 +42,7 @@ def test_objects_stand_apart_and_still_until_they_are_touched():
         assert np.ptp(column) < 2e-3, name
 
 
-def test_energy_is_not_made_by_contacts():
-    # Whatever a push does, objects end at rest on the table or on each other, never below it or in flight.
+def test_pushed_objects_neither_sink_nor_fly():
     for seed in (2, 4, 9):
         episode = generate("rigid", seed, SCRIPTED, render=False)
         for name, column in episode.outcomes_T.items():

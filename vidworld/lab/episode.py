@@ -148,7 +148,7 @@ def generate(kind: str, seed: int, config: LabConfig = LabConfig(), *, render: b
         # One draw for the seed, not for the attempt: rejected scripts must not add to exploration.
         explores = streams(kind, seed, ATTEMPTS)[2].random() < config.exploration
         plan = effect.explore(policy_rng, arm, visible) if explores else effect.plan(policy_rng, arm, visible)  # type: ignore[attr-defined]
-        if plan is not None:
+        if plan is not None and _starts_clear(effect, look, visible, plan, config):
             hidden = effect.prior(hidden_rng, visible)
             blank = _blank(kind, seed, config, look, visible, hidden, plan, arm)
             return _run_alone(blank, effect, hidden, render)
@@ -167,6 +167,15 @@ def resimulate(
     if set(hidden) != set(episode.hidden):
         raise ConfigError("hidden values", got=sorted(hidden), expected=sorted(episode.hidden))
     return _run_alone(episode, effect_of(episode.kind, episode.config.frames), hidden, render)
+
+
+def _starts_clear(
+    effect: BaseEffect, look: Mapping[str, Any], visible: Mapping[str, Any], plan: Plan, config: LabConfig
+) -> bool:
+    """Whether the arm begins out of touch: else what it begins in would burst away."""
+    scene = Scene(effect, look, visible, config.size, config.robot)  # type: ignore[arg-type]
+    scene.start(plan.start_J, float(plan.gripper_T[0]))
+    return not scene.arm_touches()
 
 
 def _blank(

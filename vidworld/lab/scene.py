@@ -196,6 +196,10 @@ class Scene:
         """Torques [7] of the servos in N m."""
         return self.data.actuator_force[: len(JOINTS)].copy()
 
+    def arm_touches(self) -> bool:
+        """Whether the arm is in contact with anything but itself."""
+        return bool(np.isin(self.data.contact.geom, self.arm_geoms).any())
+
     def arm_capsules(self) -> tuple[np.ndarray, np.ndarray]:
         """The arm and what it holds fast, as capsules: ends [N, 2, 3] and radii [N], metres, world frame."""
         rotation_N33 = self.data.geom_xmat[self.arm_geoms].reshape(-1, 3, 3)
