@@ -4,6 +4,7 @@ All pictures are uint8 RGB numpy arrays: frames_THWC [T, H, W, 3], image_HWC [H,
 """
 
 import io
+import itertools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -184,6 +185,25 @@ def encode_mp4(frames_THWC: np.ndarray, fps: float) -> bytes:
                 mp4.mux(stream.encode(picture))
             mp4.mux(stream.encode(None))
         return path.read_bytes()
+
+
+def write_gif(path: Path | str, frames_THWC: np.ndarray, fps: float) -> None:
+    """Write frames as a GIF that repeats for ever, atomically. See `encode_gif`."""
+    write_bytes(path, encode_gif(frames_THWC, fps))
+
+
+def encode_gif(frames_THWC: np.ndarray, fps: float) -> bytes:
+    """Encode frames as a GIF, 256 colours a frame; the format times frames in hundredths of a second."""
+    frames_THWC = _check_frames(frames_THWC)
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{fps} frames per second; expected a positive number")
+    # Rounding each end, not each length, keeps the whole as long as it is.
+    ends = [round(100 * (index + 1) / fps) for index in range(len(frames_THWC))]
+    lengths_ms = [10 * max(1, after - before) for before, after in itertools.pairwise([0, *ends])]
+    first, *others = (Image.fromarray(frame).quantize(256) for frame in frames_THWC)
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=lengths_ms, loop=0)
+    return buffer.getvalue()
 
 
 def write_png(path: Path | str, image_HWC: np.ndarray) -> None:

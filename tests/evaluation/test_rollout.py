@@ -207,14 +207,14 @@ def short(path):
 
 BAD_PROMPTS = {
     "no such episode": (lambda path: ["ghost"], "episode 'ghost' is not there", True),
-    "no dataset": (lambda path: ["ghost"], "an episode id with --data", False),
+    "no dataset": (lambda path: ["ghost"], "episode ids with --data", False),
     "20k picture": (bomb, "too large to decode", False),
     "playlist": (playlist, "not a video file", False),
     "other size": (large, "pass --resize", False),
     "other rate": (fast, "got 30 fps, expected 10 fps", False),
     "too short": (short, "frames of the prompt video", False),
     "missing": (lambda path: [str(path / "none.mp4")], "no such file", False),
-    "too many": (lambda path: ["a.png", "b.png"], "1, one for each view", False),
+    "mixed": (lambda path: ["a.png", "ghost"], "episode ids with --data, or files", False),
 }
 
 

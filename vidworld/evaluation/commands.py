@@ -81,20 +81,10 @@ def sweep(
     chosen = range(len(names)) if only is None else [_dimension(only, names)]
     statistics = contract.action_statistics
     low_A, high_A = np.array(statistics.q01), np.array(statistics.q99)
-    rest_A = np.array(statistics.mean)
+    rest_A = rest(contract, last_action_A)
     for index, dimension in enumerate(contract.action):
-        match dimension.kind:
-            case "velocity" | "delta":
-                rest_A[index] = np.clip(0.0, low_A[index], high_A[index])
-            case "binary":
-                low_A[index], high_A[index] = 0.0, 1.0
-                rest_A[index] = round(rest_A[index]) if last_action_A is None else last_action_A[index]
-            case "position":
-                rest_A[index] = rest_A[index] if last_action_A is None else last_action_A[index]
-            case "force" | "unknown":
-                pass
-            case _:
-                raise ConfigError("kind of dimension", got=dimension.kind)
+        if dimension.kind == "binary":
+            low_A[index], high_A[index] = 0.0, 1.0
     count = max(4, round(SECONDS_PER_SWEEP * fps))
     phase_T = np.arange(1, count + 1) / count
     rows, labels = [], []
@@ -114,6 +104,45 @@ def sweep(
         actions_TA, labels = np.tile(actions_TA, (copies, 1)), labels * copies
     source = "sweep" if only is None else f"sweep:{names[chosen[0]]}"
     return Commands(actions_TA[:frames], source, tuple(labels[:frames]))
+
+
+def rest(contract: ActionContract, last_action_A: np.ndarray | None = None) -> np.ndarray:
+    """The command [A] that asks for nothing new.
+
+    Rates and steps are zero (as near as they were recorded), positions and switches stay at the last known
+    command, else at the recorded mean.
+    """
+    statistics = contract.action_statistics
+    rest_A = np.array(statistics.mean)
+    for index, dimension in enumerate(contract.action):
+        match dimension.kind:
+            case "velocity" | "delta":
+                rest_A[index] = np.clip(0.0, statistics.q01[index], statistics.q99[index])
+            case "binary":
+                rest_A[index] = round(rest_A[index]) if last_action_A is None else last_action_A[index]
+            case "position":
+                rest_A[index] = rest_A[index] if last_action_A is None else last_action_A[index]
+            case "force" | "unknown":
+                pass
+            case _:
+                raise ConfigError("kind of dimension", got=dimension.kind)
+    return rest_A
+
+
+def hold(contract: ActionContract, frames: int, last_action_A: np.ndarray | None = None) -> Commands:
+    """Ask for nothing new for some frames: see `rest`."""
+    rest_A = rest(contract, last_action_A)
+    return Commands(np.tile(rest_A, (frames, 1)).astype(np.float32), "hold")
+
+
+def mirror(contract: ActionContract, commands: Commands, last_action_A: np.ndarray | None = None) -> Commands:
+    """The opposite of some commands: reflected at rest, switches flipped, within the recorded 1 to 99 %."""
+    rest_A, statistics = rest(contract, last_action_A), contract.action_statistics
+    mirrored_TA = 2 * rest_A - commands.actions_TA
+    mirrored_TA = np.clip(mirrored_TA, np.array(statistics.q01), np.array(statistics.q99))
+    switches_A = np.array([dimension.kind == "binary" for dimension in contract.action])
+    mirrored_TA = np.where(switches_A, 1 - commands.actions_TA, mirrored_TA)
+    return Commands(mirrored_TA.astype(np.float32), "mirror")
 
 
 def _dimension(only: str, names: list[str]) -> int:

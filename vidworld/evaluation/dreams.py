@@ -8,7 +8,7 @@ Shapes: N samples, T frames, V views, H W pixels, A action dims, S proprio dims.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from vidworld.data import lerobot_format as lerobot
 from vidworld.data.export_lerobot_writer import Layout, LeRobotWriter, Take, encode_episode
 from vidworld.errors import ConfigError
 from vidworld.evaluation.grounding import Grounding
+from vidworld.evaluation.imagining import Imagined
 from vidworld.world.spec import WorldSpec
 
 FOLDER = "lerobot"
@@ -30,14 +31,15 @@ IMAGINED = "imagined"
 
 
 @dataclass(frozen=True)
-class Dreams:
-    """What was imagined from one prompt under one sequence of commands, in raw units."""
+class Dream:
+    """What was imagined from one prompt: its samples become episodes."""
 
-    actions_TA: np.ndarray
-    video_NTVHWC: np.ndarray
-    proprio_NTS: np.ndarray
-    grounded_NS: np.ndarray
-    """Proprioception of the prompt's last frame, as the world took it."""
+    name: str
+    """Of the prompt, which keeps the episodes of several apart."""
+    grounding: Grounding
+    imagined: Imagined
+    record: Mapping[str, Any]
+    """What its rollout.json holds."""
 
 
 def check_world(spec: WorldSpec) -> None:
@@ -62,60 +64,65 @@ def is_imagined(facts: Any) -> bool:
             return False
 
 
-def write_lerobot(
-    folder: Path, spec: WorldSpec, grounding: Grounding, dreams: Dreams, record: Mapping[str, Any]
-) -> None:
-    """Write the episodes into a new folder; `record` is what rollout.json holds."""
+def write_lerobot(folder: Path, spec: WorldSpec, dreams: Sequence[Dream]) -> None:
+    """Write the samples of all dreams, of one robot, as episodes into a new folder."""
+    first = dreams[0]
     layout = Layout(
         fps=spec.fps,
         height=spec.height,
         width=spec.width,
         views=spec.views,
-        contract=grounding.contract,
+        contract=first.grounding.contract,
         columns={lerobot.IS_CONTEXT: "bool"},
     )
     folder.mkdir()
-    known = {name: record[name] for name in ("prompt", "actions", "sampler", "world")}
     with LeRobotWriter(folder, layout) as writer:
-        for index, sample in enumerate(record["sample_ids"]):
-            facts = {
-                lerobot.SOURCE_ID: f"dream-{record['seed']}-{sample}",
-                lerobot.SEED: record["seed"],
-                lerobot.SAMPLE: sample,
-                lerobot.SPLIT: "train",
-                lerobot.OUTCOME: "{}",
-                lerobot.ORIGIN: json.dumps({IMAGINED: True, **known}, sort_keys=True),
-            }
-            writer.add(encode_episode(_take(spec, grounding, dreams, index, facts), layout))
+        for dream in dreams:
+            known = _known(dream.record)
+            prefix = f"dream-{dream.record['seed']}" + (f"-{dream.name}" if len(dreams) > 1 else "")
+            for index, sample in enumerate(dream.record["sample_ids"]):
+                facts = {
+                    lerobot.SOURCE_ID: f"{prefix}-{sample}",
+                    lerobot.SEED: dream.record["seed"],
+                    lerobot.SAMPLE: sample,
+                    lerobot.SPLIT: "train",
+                    lerobot.OUTCOME: "{}",
+                    lerobot.ORIGIN: json.dumps({IMAGINED: True, **known}, sort_keys=True),
+                }
+                writer.add(encode_episode(_take(spec, dream, index, facts), layout))
+        shared = _known(first.record) if len(dreams) == 1 else {"prompts": [dream.name for dream in dreams]}
         writer.finish(
             splits={"train": f"0:{writer.num_episodes}"},
-            note={"created_by": f"vidworld {__version__}", "imagined": True, **known},
+            note={"created_by": f"vidworld {__version__}", IMAGINED: True, **shared},
         )
 
 
-def _take(
-    spec: WorldSpec, grounding: Grounding, dreams: Dreams, index: int, facts: Mapping[str, str | int]
-) -> Take:
+def _known(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("prompt", "actions", "sampler", "world")}
+
+
+def _take(spec: WorldSpec, dream: Dream, index: int, facts: Mapping[str, str | int]) -> Take:
     """One sample with what is known of its prompt."""
+    grounding, imagined = dream.grounding, dream.imagined
     prompt, proprio_dims = grounding.prompt, len(grounding.contract.proprio)
-    context_TVHWC = prompt.frames_TVHWC(spec)
+    context_TVHWC, given_TA = prompt.frames_TVHWC(spec), imagined.actions_NTA[index]
     if prompt.proprio is None or prompt.actions is None:
         context_TVHWC = context_TVHWC[-1:]
-        before_TA = dreams.actions_TA[:0]
-        given_TS = dreams.grounded_NS[index, None, :proprio_dims]
+        before_TA = given_TA[:0]
+        given_TS = imagined.grounded_NS[index, None, :proprio_dims]
     else:
         before_TA, given_TS = prompt.actions, prompt.proprio
     context = len(context_TVHWC)
     # No command follows the last frame; the one before is held, so that every row has one.
-    actions_TA = np.concatenate([before_TA, dreams.actions_TA, dreams.actions_TA[-1:]])
+    actions_TA = np.concatenate([before_TA, given_TA, given_TA[-1:]])
     frames = len(actions_TA)
     return Take(
         name=str(facts[lerobot.SOURCE_ID]),
         text=prompt.text,
         actions_TA=actions_TA,
-        proprio_TS=np.concatenate([given_TS, dreams.proprio_NTS[index, :, :proprio_dims]]),
+        proprio_TS=np.concatenate([given_TS, imagined.proprio_NTS[index, :, :proprio_dims]]),
         timestamps_T=np.arange(frames) / spec.fps,
-        pictures=partial(_pictures, spec.views, context_TVHWC, dreams.video_NTVHWC[index]),
+        pictures=partial(_pictures, spec.views, context_TVHWC, imagined.video_NTVHWC[index]),
         columns={lerobot.IS_CONTEXT: np.arange(frames) < context},
         facts=facts,
     )
