@@ -379,7 +379,7 @@ def test_the_log_has_what_a_reader_needs(make_loop: MakeLoop) -> None:
 
 
 def test_checkpoints_come_every_so_often(make_loop: MakeLoop) -> None:
-    loop = make_loop(steps=7, save_every=2, keep=3)
+    loop = make_loop(steps=7, save_every=2, keep=3, save_in_background=False)
     loop.fit()
     assert loop.store.names() == ["step-00000007", "step-00000006", "step-00000004"]
 

@@ -5,8 +5,10 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -16,7 +18,10 @@ from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Loop, LoopConfig
 from vidworld.trainer.optim import OptimConfig
+from vidworld.types import Batch
 
+# Micro-batches of a step over all ranks: the same clips and noise on 1, 2 and 4 of them.
+PARTS = 4
 STOP_STEP = 3
 POISONED_STEP = 4
 
@@ -31,41 +36,67 @@ def toys() -> ModuleType:
     return module
 
 
-def train(strategy: str, run: Path, scenario: str) -> None:
-    """Ten steps, or what is left of them after the run's checkpoint."""
+def loop_of(strategy: str, run: Path, scenario: str, accumulation: int, **settings: Any) -> Loop:
+    """A toy run of ten steps, standing at its newest checkpoint."""
     torch.manual_seed(0)
     task = toys().ToyTask()
     optim = OptimConfig(name="adamw", lr=1e-2, warmup_steps=3)
     ema = EMA(task, 0.99)
-    engine = build_engine(task, EngineConfig(strategy=strategy, accumulation=2), optim, micro_batch_size=4)
-    feed = toys().toy_feed(rank=engine.rank, world_size=engine.world_size, accumulation=2)
+    config = EngineConfig(strategy=strategy, accumulation=accumulation)
+    engine = build_engine(task, config, optim, micro_batch_size=4)
+    feed = toys().toy_feed(rank=engine.rank, world_size=engine.world_size, accumulation=accumulation)
 
-    def batches(start):
-        for index, batch in enumerate(feed.open(start), 2 * start):
+    def batches(start: int) -> Iterator[Batch]:
+        for index, batch in enumerate(feed.open(start), accumulation * start):
             # The signal, and the bad clip, come to the last rank alone.
             if engine.rank == engine.world_size - 1:
-                if scenario == "stop" and index == 2 * STOP_STEP:
+                if scenario == "stop" and index == accumulation * STOP_STEP:
                     os.kill(os.getpid(), signal.SIGTERM)
-                if scenario == "poison" and index == 2 * POISONED_STEP:
+                if scenario == "poison" and index == accumulation * POISONED_STEP:
                     batch.actions_BTA[0, 0, 0] = float("nan")
+            with (run / f"read-{engine.rank}.txt").open("a") as file:
+                file.write(f"{index // accumulation} {' '.join(batch.ids)}\n")
             yield batch
 
     run.mkdir(exist_ok=True, parents=True)
-    with RunLog(run, active=engine.rank == 0, progress_bar=False) as log:
-        loop = Loop(
-            task,
-            ema,
-            dataclasses.replace(feed, open=batches),
-            engine,
-            optim,
-            LoopConfig(steps=10, log_every=1),
-            run=run,
-            seed=0,
-            accumulation=2,
-            log=log,
-        )
-        if (saved := loop.store.newest()) is not None:
-            loop.resume(saved)
+    loop = Loop(
+        task,
+        ema,
+        dataclasses.replace(feed, open=batches),
+        engine,
+        optim,
+        LoopConfig(**{"steps": 10, "log_every": 1, **settings}),
+        run=run,
+        seed=0,
+        accumulation=accumulation,
+        log=RunLog(run, active=engine.rank == 0, progress_bar=False),
+    )
+    if (saved := loop.store.newest()) is not None:
+        loop.resume(saved)
+    return loop
+
+
+def train(strategy: str, run: Path, scenario: str) -> None:
+    """Ten steps, or what is left of them after the run's checkpoint."""
+    accumulation = PARTS // int(os.environ["WORLD_SIZE"])
+    until = None
+    if scenario.startswith("until"):
+        # Saves as it stands before it trains, so that what was loaded can be compared with what was saved.
+        until = int(scenario.removeprefix("until"))
+    loop = loop_of(strategy, run, scenario, accumulation)
+    with loop.log:
+        if until is not None:
+            loop.saved_step = -1
+            loop.save()
+            loop.writer.wait()
+            plain = loop.step
+
+            def stopped(micro_batches: Any) -> None:
+                if loop.clock.step == until - 1 and until < 10:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                plain(micro_batches)
+
+            loop.step = stopped  # type: ignore[method-assign]
         try:
             loop.fit()
         except PreemptedError as error:
@@ -76,7 +107,7 @@ def main() -> None:
     strategy, out, *scenarios = sys.argv[1:]
     for scenario in scenarios:
         run = {"stop": "parts", "resume": "parts"}.get(scenario, scenario)
-        train(strategy, Path(out) / run, scenario)
+        train(strategy, Path(out) / ("elastic" if scenario.startswith("until") else run), scenario)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

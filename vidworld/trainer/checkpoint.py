@@ -11,17 +11,19 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vidworld.errors import CheckpointError
+from vidworld.errors import CheckpointError, VidworldError
 from vidworld.files import sha256_of, sync_directory, sync_file, write_atomic
+from vidworld.trainer.pieces import StoredPieces
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -37,6 +39,7 @@ class Snapshot:
 
     step: int
     model: Mapping[str, Tensor]
+    """Whole on the first rank; what the others hold here is not written."""
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     """This rank's part; every rank writes one when the optimizer is sharded, the first alone otherwise."""
@@ -61,16 +64,27 @@ class Saved:
         """The tensors of `model`, `ema` or `optimizer-<rank>`, on the CPU."""
         path = self.directory / f"{name}.safetensors"
         if not path.is_file():
-            raise CheckpointError(
-                f"checkpoint has no {path.name}",
-                where=self.directory,
-                fix="resume with the number of ranks and the strategy that saved it",
-            )
+            raise CheckpointError(f"checkpoint has no {path.name}", where=self.directory)
         return load_file(path)
+
+    def pieces(self, name: str) -> StoredPieces:
+        """The tensors of `model` or `ema`, or those of all ranks' `optimizer`, to be read range by range."""
+        paths = sorted(self.directory.glob(f"{name}.safetensors"))
+        paths += sorted(self.directory.glob(f"{name}-*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"checkpoint has no {name}", where=self.directory)
+        return StoredPieces(paths, self.directory)
+
+
+class SaveError(VidworldError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 class CheckpointStore:
-    """The `checkpoints/` directory of a run; one process writes its manifest, `barrier` joins the ranks."""
+    """The `checkpoints/` directory of a run; the first process writes its manifest.
+
+    agree: called by every rank with whether its part went well; true everywhere when all did.
+    """
 
     def __init__(
         self,
@@ -79,46 +93,65 @@ class CheckpointStore:
         keep: int = 2,
         rank: int = 0,
         num_writers: int = 1,
-        barrier: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = lambda well: well,
     ) -> None:
         assert keep >= 1, "the last good checkpoint is never deleted"
         self.directory, self.keep, self.rank, self.num_writers = directory, keep, rank, num_writers
-        self.barrier = barrier
+        self.agree = agree
 
     def save(self, snapshot: Snapshot, *, reached: Callable[[str], None] = lambda point: None) -> Path:
-        """Write a checkpoint; returns its directory when it is on disk and `latest` names it.
+        """Write a checkpoint; returns its directory when it is on disk, checked, and `latest` names it.
 
         `reached` is called with the name of each point passed, which the kill tests use. At every one of
         them the process may die: the checkpoints that were good before stay good.
+        Raises SaveError on every rank when any of them could not write its part.
         """
         final = self.directory / f"step-{snapshot.step:08d}"
         staging = self.directory / f"{STAGING}{final.name}"
-        if self.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"{STAGING}*"):
-                shutil.rmtree(leftover)
-            staging.mkdir()
-            reached("staged")
-        self.barrier()
-        if self.rank < self.num_writers:
-            name = f"optimizer-{self.rank}.safetensors"
-            _write_tensors(staging / name, snapshot.optimizer, snapshot.optimizer_groups)
-            reached("optimizer")
-        self.barrier()
-        if self.rank == 0:
-            _write_tensors(staging / "model.safetensors", snapshot.model)
-            reached("model")
-            _write_tensors(staging / "ema.safetensors", snapshot.ema)
-            reached("ema")
-            state = {"step": snapshot.step, **snapshot.state}
-            write_atomic(staging / STATE, json.dumps(state, indent=1).encode())
-            reached("state")
-            write_atomic(staging / MANIFEST, json.dumps(_manifest(staging), indent=1).encode())
-            reached("manifest")
-            self._publish(staging, self._free(final), reached)
-            self._prune()
-            reached("pruned")
-        self.barrier()
+
+        def stage() -> None:
+            if self.rank == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self.directory.glob(f"{STAGING}*"):
+                    shutil.rmtree(leftover)
+                staging.mkdir()
+                reached("staged")
+
+        def write_part() -> None:
+            if self.rank < self.num_writers:
+                name = f"optimizer-{self.rank}.safetensors"
+                _write_tensors(staging / name, snapshot.optimizer, snapshot.optimizer_groups)
+                reached("optimizer")
+
+        def finish() -> None:
+            if self.rank == 0:
+                _write_tensors(staging / "model.safetensors", snapshot.model)
+                reached("model")
+                _write_tensors(staging / "ema.safetensors", snapshot.ema)
+                reached("ema")
+                state = {"step": snapshot.step, **snapshot.state}
+                write_atomic(staging / STATE, json.dumps(state, indent=1).encode())
+                reached("state")
+                write_atomic(staging / MANIFEST, json.dumps(_manifest(staging), indent=1).encode())
+                reached("manifest")
+                self._publish(staging, self._free(final), reached)
+                self._prune()
+                reached("pruned")
+
+        for part in (stage, write_part, finish):
+            failed = None
+            try:
+                part()
+            except (OSError, SafetensorError, CheckpointError) as error:
+                failed = error
+            if not self.agree(failed is None):
+                if self.rank == 0:
+                    shutil.rmtree(staging, ignore_errors=True)
+                reason = failed if failed is not None else "another rank could not write its part"
+                raise SaveError(
+                    f"checkpoint of step {snapshot.step} in {self.directory} could not be written: {reason}; "
+                    "the ones before it are whole: make room, then go on with --resume"
+                ) from failed
         return self.directory / self.names()[0]
 
     def newest(self) -> Saved | None:
@@ -210,18 +243,31 @@ def verify(directory: Path) -> Saved:
     return Saved(directory, _read_json(directory / STATE))
 
 
+Shapes = Mapping[str, Sequence[int]]
+
+
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: object) -> None:
     """Copy weights into `module`, all or nothing.
 
     Raises CheckpointError with the difference of names and shapes when they are of another architecture.
     """
-    expected = module.state_dict()
-    missing = [f"-{name}" for name in expected if name not in tensors]
-    unknown = [f"+{name}" for name in tensors if name not in expected]
+    require_shapes(shapes_of(module.state_dict()), shapes_of(tensors), where)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def require_shapes(expected: Shapes, found: Shapes, where: object) -> None:
+    """Raises CheckpointError with the difference when tensors are not those of an architecture."""
+    missing = [f"-{name}" for name in expected if name not in found]
+    unknown = [f"+{name}" for name in found if name not in expected]
     reshaped = [
-        f"{name} {list(tensors[name].shape)} is {list(tensor.shape)} here"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
+        f"{name} {list(found[name])} is {list(shape)} here"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
     differences = missing + unknown + reshaped
     if differences:
@@ -233,20 +279,23 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, where: obj
             expected=f"{len(expected)} tensors of this model",
             fix="use the model settings it was trained with",
         )
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 def _write_tensors(path: Path, tensors: Tensors, groups: Mapping[str, Any] | None = None) -> None:
     """Write safetensors through to the disk; `groups` go into its metadata as JSON."""
-    # Always a copy: views into one flat buffer share memory, which the format refuses.
-    copies = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    # Views into one flat buffer share memory, which the format refuses.
+    copies = {name: _alone(tensor) for name, tensor in tensors.items()}
     save_file(
         copies, path, metadata=None if groups is None else {"groups": json.dumps(groups, sort_keys=True)}
     )
     sync_file(path)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous and in memory of its own; itself if it is so already."""
+    alone = tensor.detach().cpu().contiguous()
+    shared = alone.untyped_storage().nbytes() > alone.numel() * alone.element_size()
+    return alone.clone() if shared else alone
 
 
 def _manifest(directory: Path) -> dict[str, Any]:

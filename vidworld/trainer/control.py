@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import ReduceOp, Work
@@ -93,8 +93,21 @@ class Clock:
         return self.progress >= 1.0
 
 
+class Signals(NamedTuple):
+    """What ranks tell each other at every step."""
+
+    stop: bool
+    """Whether any was asked to stop."""
+    elapsed_s: float
+    """The longest time of any in training."""
+    failed: bool
+    """Whether any could not write a checkpoint."""
+    saves: int
+    """Checkpoints that all have finished writing."""
+
+
 class Agreement:
-    """Makes all ranks see the same stop flag and the same time, one step late and without waiting.
+    """Makes all ranks see the same signals, one step late and without waiting.
 
     Ranks that decided alone would leave the others waiting in a collective for ever.
     """
@@ -103,22 +116,40 @@ class Agreement:
         self._group = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
         self._pending: tuple[torch.Tensor, Work] | None = None
 
-    def exchange(self, stop: bool, elapsed_s: float) -> tuple[bool, float]:
-        """The largest of each over all ranks, as of the previous call."""
+    def exchange(self, mine: Signals) -> Signals:
+        """The signals of all ranks, as of the previous call."""
         if self._group is None:
-            return stop, elapsed_s
-        sent = torch.tensor([float(stop), elapsed_s], dtype=torch.float64)
+            return mine
+        sent = torch.tensor(
+            [float(mine.stop), mine.elapsed_s, float(mine.failed), -mine.saves], dtype=torch.float64
+        )
         work = torch.distributed.all_reduce(sent, ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         agreed, previous = self._pending or (sent, work)
         self._pending = (sent, work)
         previous.wait()
-        return bool(agreed[0]), float(agreed[1])
+        stop, elapsed_s, failed, saves = agreed.tolist()
+        return Signals(bool(stop), elapsed_s, bool(failed), -int(saves))
 
     def close(self) -> None:
         """Wait for the exchange that is still under way."""
         if self._pending is not None:
             self._pending[1].wait()
+
+
+class Consent:
+    """Asks all ranks whether something went well, on a group of its own: from any one thread."""
+
+    def __init__(self, world_size: int) -> None:
+        self._group = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
+
+    def __call__(self, well: bool) -> bool:
+        """True when it went well on every rank; waits for them."""
+        if self._group is None:
+            return well
+        answer = torch.tensor(int(well))
+        torch.distributed.all_reduce(answer, ReduceOp.MIN, group=self._group)
+        return bool(answer)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """The moving average of the weights, in float32, with its own counter."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from vidworld.trainer.pieces import Held, Piece
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,11 +27,26 @@ class EMA(Generic[M]):
         self._source: nn.Module | None = None
         self._shadow: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._current: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._pieces: list[Piece] | None = None
+
+    def cut(self, held: Sequence[Held]) -> None:
+        """Average these pieces of the weights from now on, and leave `module` to who gathers it.
+
+        The average of a piece is the piece of the average, bit by bit.
+        """
+        self._pieces = [piece for piece, _ in held]
+        self._current = ([values for _, values in held], [])
+        self._shadow = ([values.detach().float().clone() for _, values in held], [])
+
+    def held(self) -> list[Held]:
+        """The averages of this rank's pieces."""
+        assert self._pieces is not None, "of a module that was cut"
+        return [Held(piece, values) for piece, values in zip(self._pieces, self._shadow[0], strict=True)]
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the current weights of the module that this was made from; buffers are copied."""
-        if module is not self._source:
+        if self._pieces is None and module is not self._source:
             # Once, because walking a deep module takes a millisecond; and not before both are on their
             # device, because a move replaces buffers.
             self._source = module

@@ -3,21 +3,22 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vidworld.errors import CheckpointError, ConfigError, require
 from vidworld.trainer.optim import OptimConfig, build_optimizers, set_rates
+from vidworld.trainer.pieces import Held, Piece, StoredPieces, stored_name
 
 # Ranks wait this long for the first one, which encodes, validates and draws samples.
 PATIENCE = timedelta(hours=2)
 
-Strategy = Literal["ddp", "zero1", "zero2"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -26,7 +27,8 @@ class EngineConfig:
     """How the work is spread and in which arithmetic."""
 
     strategy: Strategy = "ddp"
-    """`ddp` on any number of processes; DeepSpeed's `zero1` shards the optimizer, `zero2` gradients too."""
+    """`ddp` on any number of processes; DeepSpeed's `zero1` shards the optimizer, `zero2` gradients too and
+    `zero3` weights too; torch's `fsdp2` shards all three."""
     precision: Precision = "auto"
     """`auto`: bfloat16 autocast over float32 weights on a GPU, float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -52,6 +54,9 @@ class Engine(Protocol):
     rank: int
     world_size: int
     num_optimizer_shards: int
+    """Ranks that hold a part of the optimizer's state."""
+    shards_weights: bool
+    """Whether weights are cut across ranks, too; the task's own parameters are then no whole tensors."""
 
     def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
         """Run the task on one micro-batch's inputs and accumulate `share` of its gradient.
@@ -68,8 +73,16 @@ class Engine(Protocol):
         """This rank's optimizer tensors by name, and the groups they belong to."""
         ...
 
-    def load_optimizer_state(self, tensors: dict[str, Tensor], *, where: object) -> None:
-        """Take back what `optimizer_state` gave."""
+    def load_optimizer_state(self, stored: StoredPieces, *, where: object) -> None:
+        """Take back what the ranks of any strategy and number gave."""
+        ...
+
+    def weights(self) -> list[Held]:
+        """This rank's pieces of the float32 weights, by the names of the task's parameters."""
+        ...
+
+    def refresh(self) -> None:
+        """Take over weights that were changed from outside: in the task, or in `weights` where sharded."""
         ...
 
     def barrier(self) -> None:
@@ -84,28 +97,39 @@ def build_engine(
     *,
     matrices: Sequence[nn.Parameter] = (),
     micro_batch_size: int = 1,
-) -> "PlainEngine | ZeroEngine":
+) -> Engine:
     """Place `task` on its device and wrap it. Compile its blocks before this.
 
     Raises ConfigError for a strategy or precision that cannot work here.
     """
-    if config.precision == "bf16" and config.strategy != "ddp" and not _has_accelerator():
+    if config.precision == "bf16" and config.strategy.startswith("zero") and not has_accelerator():
         raise ConfigError("engine.precision", got="bf16", expected="auto or fp32 under ZeRO on a CPU")
     match config.strategy:
         case "ddp":
             return PlainEngine(task, config, optim, matrices)
-        case "zero1" | "zero2":
-            if optim.name == "muon":
-                raise ConfigError(
-                    f"optim.name under strategy {config.strategy!r}",
-                    got="muon",
-                    expected="adamw",
-                    fix="ZeRO cuts matrices across ranks, which Muon cannot have: set optim.name to adamw, "
-                    "or engine.strategy to ddp",
-                )
+        case "zero1" | "zero2" | "zero3":
+            _refuse_muon(config, optim)
+            from vidworld.trainer.zero import ZeroEngine
+
             return ZeroEngine(task, config, optim, micro_batch_size)
+        case "fsdp2":
+            _refuse_muon(config, optim)
+            from vidworld.trainer.fsdp import FsdpEngine
+
+            return FsdpEngine(task, config, optim)
         case _:
-            raise ConfigError("engine.strategy", got=config.strategy, expected="ddp, zero1 or zero2")
+            raise ConfigError("engine.strategy", got=config.strategy, expected=", ".join(get_args(Strategy)))
+
+
+def _refuse_muon(config: EngineConfig, optim: OptimConfig) -> None:
+    if optim.name == "muon":
+        raise ConfigError(
+            f"optim.name under strategy {config.strategy!r}",
+            got="muon",
+            expected="adamw",
+            fix="sharding cuts matrices across ranks, which Muon cannot have: set optim.name to adamw, "
+            "or engine.strategy to ddp",
+        )
 
 
 class PlainEngine:
@@ -116,6 +140,7 @@ class PlainEngine:
     """
 
     num_optimizer_shards = 1
+    shards_weights = False
 
     def __init__(
         self, task: nn.Module, config: EngineConfig, optim: OptimConfig, matrices: Sequence[nn.Parameter]
@@ -123,20 +148,20 @@ class PlainEngine:
         accelerate = require("accelerate", "train")
         ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = accelerate.Accelerator(
-            cpu=not _has_accelerator(), kwargs_handlers=[ddp, *_process_group(accelerate)]
+            cpu=not has_accelerator(), kwargs_handlers=[ddp, *process_group(accelerate)]
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.optim = optim
-        self.names = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
-        self.parameters = [parameter for _, parameter in self.names]
+        trained = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
         with warnings.catch_warnings():
             # broadcast_buffers has a successor in new releases of torch only.
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = self.accelerator.prepare(task)
         # After the move: the optimizers must hold the parameters that are trained.
-        self.optimizers = build_optimizers(self.names, optim, matrices)
+        self.parameters = [(Piece(name, tuple(p.shape), 0, p.numel()), p) for name, p in trained]
+        self.optimizers = build_optimizers(trained, optim, matrices)
         self.autocast = autocast_of(config, self.device)
 
     def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
@@ -152,7 +177,7 @@ class PlainEngine:
     def update(self, factor: float) -> dict[str, Tensor]:
         """Step all optimizers, or leave weights and moments untouched when the gradient is not finite."""
         set_rates(self.optimizers, self.optim, factor)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = self.gradient_norm()
         found_inf = (~torch.isfinite(norm)).float()
         scale = (norm / self.optim.clip).clamp(min=1.0) if self.optim.clip else torch.ones_like(norm)
         for optimizer in self.optimizers.values():
@@ -161,158 +186,94 @@ class PlainEngine:
             optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "skipped": found_inf}
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, equal on all ranks; not finite where any of it is not."""
+        return torch.nn.utils.get_total_norm([p.grad for _, p in self.parameters if p.grad is not None])
+
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Moments by `<optimizer>/<parameter>/<moment>`."""
-        names = {id(parameter): name for name, parameter in self.names}
+        """Moments by `<optimizer>/<parameter>/<moment>`, as `pieces` names parts of them."""
+        pieces = {id(parameter): piece for piece, parameter in self.parameters}
         tensors: dict[str, Tensor] = {}
         groups: dict[str, Any] = {}
         for kind, optimizer in self.optimizers.items():
             groups[kind] = [
-                {**group, "params": [names[id(p)] for p in group["params"]]}
+                {**group, "params": [pieces[id(p)].name for p in group["params"]]}
                 for group in optimizer.param_groups
             ]
             for parameter, state in optimizer.state.items():
-                for moment, value in state.items():
-                    tensors[f"{kind}/{names[id(parameter)]}/{moment}"] = value
+                tensors |= named_moments(kind, pieces[id(parameter)], state)
         return tensors, groups
 
-    def load_optimizer_state(self, tensors: dict[str, Tensor], *, where: object) -> None:
+    def load_optimizer_state(self, stored: StoredPieces, *, where: object) -> None:
         """Restore the moments; rates and decay stay those of the config."""
-        left = dict(tensors)
-        names = {id(parameter): name for name, parameter in self.names}
+        pieces = {id(parameter): piece for piece, parameter in self.parameters}
+        known: set[str] = set()
         for kind, optimizer in self.optimizers.items():
             ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for index, parameter in enumerate(ordered):
-                prefix = f"{kind}/{names[id(parameter)]}/"
-                moments = {name.removeprefix(prefix): name for name in left if name.startswith(prefix)}
-                state[index] = {
-                    moment: _laid_out_like(parameter, left.pop(name)) for moment, name in moments.items()
-                }
+                piece = pieces[id(parameter)]
+                known.add(f"{kind}/{piece.name}")
+                moments = read_moments(stored, kind, piece)
+                state[index] = {name: _laid_out_like(parameter, value) for name, value in moments.items()}
             optimizer.load_state_dict(
                 {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
             )
-        if left:
-            raise CheckpointError(
-                "optimizer state of other parameters or of another optimizer",
-                where=where,
-                got=", ".join(sorted(left)[:4]),
-                fix="resume with the optimizer and the strategy that the run began with",
-            )
+        refuse_unknown(stored, known | self.elsewhere(), where)
+
+    def elsewhere(self) -> set[str]:
+        """`<optimizer>/<parameter>` of parameters of which this rank holds nothing."""
+        return set()
+
+    def weights(self) -> list[Held]:
+        """All weights."""
+        return [Held(piece, parameter.detach().reshape(-1)) for piece, parameter in self.parameters]
+
+    def refresh(self) -> None:
+        """Nothing to do: the task's parameters are what is trained."""
 
     def barrier(self) -> None:
         """Wait for every rank."""
         self.accelerator.wait_for_everyone()
 
 
-class ZeroEngine:
-    """DeepSpeed ZeRO-1 or ZeRO-2 through accelerate: AdamW's moments (and gradients) are cut across ranks.
-
-    Weights stay float32 and whole on every rank, with bfloat16 autocast as in `PlainEngine`, so that weights,
-    EMA and checkpoints are the same files. DeepSpeed itself clips, and skips steps that are not finite.
-    """
-
-    def __init__(
-        self, task: nn.Module, config: EngineConfig, optim: OptimConfig, micro_batch_size: int
-    ) -> None:
-        accelerate = require("accelerate", "train")
-        if "LOCAL_RANK" not in os.environ:
-            raise ConfigError(
-                f"engine.strategy {config.strategy!r}",
-                got="a process without a launcher",
-                fix="start it with: torchrun --nproc-per-node N training/train.py CONFIG",
-            )
-        require("deepspeed", "train")
-        require("transformers", "train")  # accelerate's DeepSpeed path imports it
-        bf16 = _uses_bf16(config)
-        plugin = accelerate.DeepSpeedPlugin(
-            hf_ds_config=deepspeed_config(config, optim, micro_batch_size=micro_batch_size, bf16=bf16)
-        )
-        # Not cpu=True: with it accelerate quietly leaves DeepSpeed out.
-        self.accelerator = accelerate.Accelerator(
-            deepspeed_plugin=plugin,
-            gradient_accumulation_steps=config.accumulation,
-            kwargs_handlers=_process_group(accelerate),
-        )
-        self.device: torch.device = self.accelerator.device
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.num_optimizer_shards = self.world_size
-        self.optim = optim
-        optimizer = build_optimizers(list(task.named_parameters()), optim)["adamw"]
-        self.module, _ = self.accelerator.prepare(task.to(self.device), optimizer)
-
-    def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
-        """Accumulate `share` of this micro-batch's gradient; ranks are joined at the last one."""
-        losses = self.module(*inputs)
-        self.module.set_gradient_accumulation_boundary(last)
-        self.module.backward(losses["loss"] * share, scale_wrt_gas=False)
-        return losses
-
-    def update(self, factor: float) -> dict[str, Tensor]:
-        """Let DeepSpeed clip and step; it skips a step whose global gradient norm is not finite."""
-        for group in self.module.optimizer.param_groups:
-            group["lr"] = self.optim.lr * factor
-        self.module.step()
-        norm = self.module.get_global_grad_norm()
-        skipped = bool(self.module.optimizer.overflow)
-        return {
-            "grad_norm": torch.as_tensor(float("nan") if skipped else norm, device=self.device),
-            "skipped": torch.tensor(float(skipped), device=self.device),
-        }
-
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """This rank's slices: flat float32 weights and moments by `zero/<group>/<name>`."""
-        zero = self.module.optimizer
-        tensors: dict[str, Tensor] = {}
-        for index, weights in enumerate(zero.single_partition_of_fp32_groups):
-            tensors[f"zero/{index}/weights"] = weights
-            for moment, value in zero.optimizer.state[weights].items():
-                tensors[f"zero/{index}/{moment}"] = torch.as_tensor(value)
-        return tensors, {"rank": self.rank, "world_size": self.world_size}
-
-    @torch.no_grad()
-    def load_optimizer_state(self, tensors: dict[str, Tensor], *, where: object) -> None:
-        """Restore this rank's slices."""
-        zero = self.module.optimizer
-        slices = zero.single_partition_of_fp32_groups
-        expected = {f"zero/{index}/weights": weights.shape for index, weights in enumerate(slices)}
-        if expected != {k: v.shape for k, v in tensors.items() if k.endswith("/weights")}:
-            raise CheckpointError(
-                "optimizer state of another sharding",
-                where=where,
-                fix="resume with the number of ranks and the strategy that saved it",
-            )
-        for index, weights in enumerate(slices):
-            prefix = f"zero/{index}/"
-            mine = {k.removeprefix(prefix): v.to(weights) for k, v in tensors.items() if k.startswith(prefix)}
-            weights.copy_(mine.pop("weights"))
-            zero.optimizer.state[weights] = mine
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self.accelerator.wait_for_everyone()
+def named_moments(kind: str, piece: Piece, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moments of a piece by the names that a checkpoint gives them; counters are stored once."""
+    tensors = {}
+    for moment, value in state.items():
+        name = f"{kind}/{piece.name}/{moment}"
+        if value.ndim and piece.is_whole:
+            tensors[name] = value.reshape(piece.shape)
+        elif value.ndim:
+            tensors[stored_name(name, piece)] = value.reshape(-1)
+        elif piece.start == 0:
+            tensors[name] = value
+    return tensors
 
 
-def deepspeed_config(
-    config: EngineConfig, optim: OptimConfig, *, micro_batch_size: int, bf16: bool
-) -> dict[str, Any]:
-    """What DeepSpeed is told; `training/deepspeed_zero*.json` show it for two stages."""
-    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if bf16 else {}
+def read_moments(stored: StoredPieces, kind: str, piece: Piece) -> dict[str, Tensor]:
+    """The moments of a piece, one-dimensional, counters as scalars; none before the first step."""
+    prefix = f"{kind}/{piece.name}/"
     return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": optim.clip,
-        "zero_optimization": {
-            "stage": 1 if config.strategy == "zero1" else 2,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-        },
-        **autocast,
+        moment: stored.whole(prefix + moment, ())
+        if stored.is_scalar(prefix + moment)
+        else stored.read(prefix + moment, piece.start, piece.stop)
+        for moment in stored.under(prefix)
     }
 
 
-def _process_group(accelerate: Any) -> list[Any]:
+def refuse_unknown(stored: StoredPieces, known: set[str], where: object) -> None:
+    """Raises CheckpointError when moments are stored of something that is not trained here."""
+    if left := sorted(name for name in stored.names if name.rpartition("/")[0] not in known):
+        raise CheckpointError(
+            "optimizer state of other parameters or of another optimizer",
+            where=where,
+            got=", ".join(left[:4]),
+            fix="resume with the optimizer that the run began with",
+        )
+
+
+def process_group(accelerate: Any) -> list[Any]:
     """Settings of the process group, if this process is one of several.
 
     The backend is named because accelerate otherwise takes the ranks of a CPU machine under DeepSpeed for one
@@ -320,31 +281,34 @@ def _process_group(accelerate: Any) -> list[Any]:
     """
     if "LOCAL_RANK" not in os.environ:
         return []
-    backend = "nccl" if _has_accelerator() else "gloo"
+    backend = "nccl" if has_accelerator() else "gloo"
     return [accelerate.InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)]
 
 
 def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
-    """A moment in its parameter's memory format: fused kernels walk both in memory order."""
-    if moment.shape != parameter.shape:
+    """A moment in its parameter's shape and memory format: fused kernels walk both in memory order."""
+    if not moment.ndim:
         return moment
-    return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)
+    laid_out = torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False)
+    return laid_out.copy_(moment.reshape(parameter.shape))
 
 
-def _has_accelerator() -> bool:
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU."""
     return torch.cuda.is_available()
 
 
 def uses_compile(config: EngineConfig) -> bool:
     """Whether the task's parts are compiled here."""
-    return config.compile == "on" or (config.compile == "auto" and _has_accelerator())
+    return config.compile == "on" or (config.compile == "auto" and has_accelerator())
 
 
-def _uses_bf16(config: EngineConfig) -> bool:
-    return config.precision == "bf16" or (config.precision == "auto" and _has_accelerator())
+def uses_bf16(config: EngineConfig) -> bool:
+    """Whether the task runs in bfloat16 autocast."""
+    return config.precision == "bf16" or (config.precision == "auto" and has_accelerator())
 
 
 def autocast_of(config: EngineConfig, device: torch.device) -> Callable[[], torch.autocast]:
     """Makes the context in which the task runs; one that does nothing in float32."""
-    enabled = _uses_bf16(config)
+    enabled = uses_bf16(config)
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from vidworld.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
-from vidworld.trainer.checkpoint import CheckpointStore, Saved, Snapshot, load_weights
-from vidworld.trainer.control import Agreement, Clock, StopRequest, frozen_gc
+from vidworld.trainer.checkpoint import CheckpointStore, Saved, SaveError, Snapshot
+from vidworld.trainer.control import Agreement, Clock, Consent, Signals, StopRequest, frozen_gc
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import Engine
 from vidworld.trainer.heartbeat import Heartbeat, State
 from vidworld.trainer.logging import Accumulator, RunLog
 from vidworld.trainer.optim import OptimConfig, rate_factor
+from vidworld.trainer.state import TrainingState
 from vidworld.trainer.tasks import Moment, Task
+from vidworld.trainer.writer import Writer
 from vidworld.types import Batch
 
 
@@ -41,6 +43,9 @@ class LoopConfig:
     save_every: int = 1000
     keep: int = 2
     """Whole checkpoints kept."""
+    save_in_background: bool = True
+    """Write checkpoints from a copy while the training goes on. One that is due while another is still being
+    written waits for it, and the training does not."""
     ema_decay: float = 0.999
     max_skips: int = 20
     """Steps in a row with a gradient that is not finite, before the run gives up (exit code 4)."""
@@ -117,17 +122,21 @@ class Loop:
             engine.world_size // sequence_parallel,
         )
         self.ema = ema
-        ema.module.to(engine.device)
+        self.state = TrainingState(task, ema, engine)
         self.clock = Clock(config.steps, config.minutes)
         self.store = CheckpointStore(
             run / "checkpoints",
             keep=config.keep,
             rank=engine.rank,
             num_writers=engine.num_optimizer_shards,
-            barrier=engine.barrier,
+            agree=Consent(engine.world_size),
         )
+        self.writer = Writer(self.store, engine.device)
         self.metrics = Accumulator()
         self.saved_step = -1
+        self._save_due_step = -1
+        self._saves = 0  # that all ranks have finished
+        self._held_up_s = 0.0
         self._streak = self._longest_streak = torch.zeros((), device=engine.device)
         self._recent: deque[tuple[str, ...]] = deque(maxlen=4)
         self._wait_s, self._since = 0.0, time.perf_counter()
@@ -149,16 +158,22 @@ class Loop:
                 while not self.clock.finished:
                     self._mark("training")
                     self.step(self._fetch(batches))
-                    stopping, elapsed_s = agreement.exchange(stop.received is not None, self.clock.read())
-                    self.clock.advance(elapsed_s)
+                    told = agreement.exchange(self._signals(stop))
+                    self.clock.advance(told.elapsed_s)
+                    if told.failed:
+                        raise self.writer.failure or SaveError("another rank could not write a checkpoint")
+                    self._saves = told.saves
                     self.look_and_save()
-                    if stopping and not self.clock.finished:
+                    if told.stop and not self.clock.finished:
                         self.save()
+                        self.writer.wait()
                         raise PreemptedError(self._farewell(stop))
             looked_at = self.saved_step == self.clock.step  # a run that was at its end already
             self.save()
+            self.writer.wait()
             if self.looks and not looked_at:
                 self._look(self.looks)
+            self.state.gather()
         finally:
             agreement.close()
             self.log.stop()
@@ -177,6 +192,7 @@ class Loop:
             for name, value in parts.items():
                 value = value.detach() * share
                 losses[name] = losses[name] + value if name in losses else value
+        self.writer.fence()
         outcome = self.engine.update(rate_factor(self.optim, number, progress))
         self.ema.update(self.task)
         self._streak = (self._streak + 1) * outcome["skipped"]
@@ -189,33 +205,47 @@ class Loop:
         if step % self.config.log_every == 0 or self.clock.finished:
             self._log_line()
         if self._due(self.config.save_every):
+            self._save_due_step = step
+        if self._save_due_step >= 0 and self._saves == self.writer.submitted:
+            if step > self._save_due_step:
+                self.log.say(
+                    f"step {step}: the checkpoint due at {self._save_due_step} had to wait until the one "
+                    "before it was written: storage is slower than loop.save_every asks for"
+                )
             self.save()
         if due := [look for look in self.looks if self._due(look.every)]:
             self._look(due)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless it has one."""
+        """Start to write a checkpoint of this step, unless it has one; waits only if one is being written."""
+        self._save_due_step = -1
         if self.saved_step == self.clock.step:
             return
         self._mark("saving")
+        begin = time.perf_counter()
         tensors, groups = self.engine.optimizer_state()
         state = {
             "elapsed_s": self.clock.elapsed_s,
             "ema": self.ema.state(),
             "order": self.feed.order(self.clock.step),
             "world_size": self.engine.world_size,
+            "micro_batches": self.engine.world_size * self.accumulation,
             "identity": self.identity,
         }
-        self.store.save(
+        self.writer.submit(
             Snapshot(
                 step=self.clock.step,
-                model=self.task.net.state_dict(),
-                ema=self.ema.module.net.state_dict(),
+                model=self.state.model(),
+                ema=self.state.averages(),
                 optimizer=tensors,
                 optimizer_groups=groups,
                 state=state,
             )
         )
+        if not self.config.save_in_background:
+            self.writer.wait()
+            self._saves = self.writer.finished
+        self._held_up_s += time.perf_counter() - begin
         self.saved_step = self.clock.step
 
     def resume(self, saved: Saved) -> None:
@@ -228,20 +258,21 @@ class Loop:
                     f"{name} of the run to resume", where=where, got=value, expected=identity.get(name)
                 )
         self.feed.require_same_order(saved.state["order"], where)
-        shards, sharded = self.engine.num_optimizer_shards, saved.state["world_size"]
-        if shards > 1 and sharded != shards:
-            raise CheckpointError(
-                "number of ranks of a sharded optimizer", where=where, got=shards, expected=sharded
+        parts, before = self.engine.world_size * self.accumulation, saved.state.get("micro_batches")
+        if before not in (None, parts):
+            self.log.say(
+                f"a step was {before} micro-batches over all ranks and is {parts} now: the same clips in the "
+                "same order, but other noise. For the same noise keep ranks x engine.accumulation"
             )
-        load_weights(self.task.net, saved.tensors("model"), where=where)
-        load_weights(self.ema.module.net, saved.tensors("ema"), where=where)
-        shard = self.engine.rank if shards > 1 else 0
-        self.engine.load_optimizer_state(saved.tensors(f"optimizer-{shard}"), where=where)
-        self.ema.load(saved.state["ema"])
+        self.state.restore(saved)
         self.clock = Clock(
             self.config.steps, self.config.minutes, step=saved.step, elapsed_s=float(saved.state["elapsed_s"])
         )
         self.saved_step = saved.step
+
+    def _signals(self, stop: StopRequest) -> Signals:
+        failed = self.writer.failure is not None
+        return Signals(stop.received is not None, self.clock.read(), failed, self.writer.finished)
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of a step, on the device."""
@@ -297,10 +328,11 @@ class Loop:
             "frames_per_s": frames / seconds,
             "tokens_per_s": frames * self.task.tokens_per_frame / seconds,
             "wait_share": min(1.0, self._wait_s / seconds),
+            "save_share": min(1.0, self._held_up_s / seconds),
             "memory_gb": _memory_gb(self.engine.device),
             "elapsed_s": self.clock.elapsed_s,
         }
-        self._wait_s, self._frames = 0.0, 0
+        self._wait_s, self._held_up_s, self._frames = 0.0, 0.0, 0
         self.log.advance(self._bar()[1])
         self.log.write(row, shown=("step", "loss", "grad_norm", "step_s"))
         if skips >= self.config.max_skips:
@@ -315,11 +347,12 @@ class Loop:
     def _look(self, looks: Sequence[Look]) -> None:
         """Log what the looks give; the time they take is not the steps'."""
         self._mark("looking")
-        if self.engine.rank == 0:
-            row: dict[str, Any] = {"step": self.clock.step}
-            for look in looks:
-                row |= look.call(self.clock.step, self.ema.module)
-            self.log.write(row)
+        with self.state.averaged() as task:
+            if self.engine.rank == 0:
+                row: dict[str, Any] = {"step": self.clock.step}
+                for look in looks:
+                    row |= look.call(self.clock.step, task)
+                self.log.write(row)
         self.engine.barrier()
         self._since = time.perf_counter()
         self._frames, self._wait_s, self._steps_logged = 0, 0.0, self.clock.step
