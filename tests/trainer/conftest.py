@@ -1,5 +1,10 @@
 """A toy task, small enough to train in milliseconds, with every part that the loop uses."""
 
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +31,7 @@ from vidworld.trainer.train import train
 from vidworld.types import Batch
 
 DIMS = 6
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class ToyTask(Task[nn.Sequential]):
@@ -192,3 +198,62 @@ def latents(planar: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPath
 def settings() -> SimpleNamespace:
     """Makers of small settings."""
     return SimpleNamespace(tokenizer=tiny_tokenizer, world=tiny_world)
+
+
+class Ranks:
+    """Processes of one distributed run, each with its own exit code and output."""
+
+    def __init__(
+        self, count: int, folder: Path, *arguments: str, script: Path = WORKER, port: int = 0
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"output-{rank}.txt" for rank in range(count)]
+        layout = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        address = {"MASTER_PORT": str(port or free_port())}
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with output.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(script), *arguments],
+                        env=os.environ | layout | quiet | address | own,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def codes(self, timeout_s: float = 240) -> list[int]:
+        """The exit code of every rank; none is left running."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+    def said(self, rank: int) -> str:
+        """What a rank wrote on its outputs."""
+        return self.outputs[rank].read_text()
+
+    def finished(self) -> str:
+        """All that was said by ranks that all ended well."""
+        codes = self.codes()
+        said = "".join(map(self.said, range(len(codes))))
+        assert codes == [0] * len(codes), said[-4000:]
+        return said
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def start_ranks() -> type[Ranks]:
+    """Starts ranks of `worker.py`: start_ranks(count, folder for their outputs, arguments...)."""
+    return Ranks

@@ -65,7 +65,7 @@ def loop_of(strategy: str, run: Path, scenario: str, accumulation: int, **settin
         dataclasses.replace(feed, open=batches),
         engine,
         optim,
-        LoopConfig(**{"steps": 10, "log_every": 1, **settings}),
+        LoopConfig(**{"steps": 10, "log_every": 1, "keep": 20, **settings}),
         run=run,
         seed=0,
         accumulation=accumulation,
