@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -154,19 +153,20 @@ class CheckpointStore:
                 ) from failed
         return self.directory / self.names()[0]
 
-    def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole, or None when there is none at all.
+    def newest(self, *, up_to: int | None = None) -> Saved | None:
+        """The newest checkpoint that is whole, or None when there is none at all; of a step `up_to` at most.
 
         Damaged ones are passed over with a warning that names the damage. CheckpointError when all are.
         """
-        names = self.names()
+        names = [name for name in self.names() if up_to is None or _step_of(name) <= up_to]
         for name in names:
             try:
                 saved = verify(self.directory / name)
             except CheckpointError as error:
                 warnings.warn(f"checkpoint {name} is damaged and passed over: {error}", stacklevel=2)
                 continue
-            self._check_latest(name)
+            if up_to is None:
+                self._check_latest(name)
             return saved
         if names:
             raise CheckpointError(
@@ -176,6 +176,13 @@ class CheckpointStore:
                 fix="restore one from a copy, or train anew with --overwrite",
             )
         return None
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that went back will do again, otherwise."""
+        kept = [name for name in self.names() if _step_of(name) <= step]
+        write_atomic(self.directory / LATEST, f"{kept[0]}\n".encode())
+        for name in set(self.names()) - set(kept):
+            shutil.rmtree(self.directory / name)
 
     def names(self) -> list[str]:
         """Names of the checkpoints with a final name, newest first."""
@@ -218,8 +225,13 @@ class CheckpointStore:
 
 def newest_step(directory: Path) -> int:
     """Step of the newest checkpoint in a `checkpoints/` directory by its name, unread; -1 for none."""
-    steps = [path.name.split("-")[1] for path in directory.glob("step-*") if path.is_dir()]
-    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+    return max((_step_of(path.name) for path in directory.glob("step-*") if path.is_dir()), default=-1)
+
+
+def _step_of(name: str) -> int:
+    """The step in the name of a checkpoint; -1 if it is none."""
+    step = name.split("-")[1]
+    return int(step) if step.isdecimal() else -1
 
 
 def verify(directory: Path) -> Saved:

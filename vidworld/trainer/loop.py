@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidworld.errors import CheckpointError, ConfigError, DivergedError, PreemptedError
+from vidworld.errors import CheckpointError, ConfigError, DivergedError, PreemptedError, VidworldError
 from vidworld.trainer.checkpoint import CheckpointStore, Saved, SaveError, Snapshot
 from vidworld.trainer.control import Agreement, Clock, Consent, Signals, StopRequest, frozen_gc
 from vidworld.trainer.ema import EMA
@@ -25,10 +25,14 @@ from vidworld.trainer.engine import Engine
 from vidworld.trainer.heartbeat import Heartbeat, State
 from vidworld.trainer.logging import Accumulator, RunLog
 from vidworld.trainer.optim import OptimConfig, rate_factor
+from vidworld.trainer.spike import SpikeWatch
 from vidworld.trainer.state import TrainingState
 from vidworld.trainer.tasks import Moment, Task
 from vidworld.trainer.writer import Writer
 from vidworld.types import Batch
+
+SLOW_S = 30.0
+"""A step that waits longer for its data says so."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class LoopConfig:
     ema_decay: float = 0.999
     max_skips: int = 20
     """Steps in a row with a gradient that is not finite, before the run gives up (exit code 4)."""
+    spike_factor: float = 0.0
+    """Go back to the newest whole checkpoint, and past the batches since, when the mean loss of a log line is
+    more than so many times the median of the 20 lines before it; 0 never."""
     hang_s: float = 900.0
     """A step that takes longer ends the process, with the stacks of all threads; 0 never. The first step of
     a process, and looks, may take four times as long."""
@@ -59,6 +66,8 @@ class LoopConfig:
         for name in ("log_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="at least 1")
+        if 0 < self.spike_factor <= 1 or self.spike_factor < 0:
+            raise ConfigError("loop.spike_factor", got=self.spike_factor, expected="above 1, or 0")
         for name in ("hang_s", "silent_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="0 or more")
@@ -132,6 +141,9 @@ class Loop:
             agree=Consent(engine.world_size),
         )
         self.writer = Writer(self.store, engine.device)
+        self.spikes = SpikeWatch(config.spike_factor)
+        self.skipped_batches = 0
+        """Batches of steps that were left out after loss spikes: step s reads those of s + skipped."""
         self.metrics = Accumulator()
         self.saved_step = -1
         self._save_due_step = -1
@@ -141,6 +153,7 @@ class Loop:
         self._recent: deque[tuple[str, ...]] = deque(maxlen=4)
         self._wait_s, self._since = 0.0, time.perf_counter()
         self._frames, self._steps_logged = 0, 0
+        self._batches: Iterator[Batch] = iter(())
 
     def fit(self) -> None:
         """Train to the end, and leave a checkpoint there.
@@ -148,7 +161,7 @@ class Loop:
         Raises PreemptedError after a signal (a checkpoint was saved) and DivergedError.
         """
         agreement = Agreement(self.engine.world_size)
-        batches = self.feed.open(self.clock.step)
+        self._batches = self._open()
         limit, done, unit = self._bar()
         self.log.start(limit, done, unit)
         self.clock.start()
@@ -157,7 +170,7 @@ class Loop:
             with frozen_gc(), StopRequest() as stop:
                 while not self.clock.finished:
                     self._mark("training")
-                    self.step(self._fetch(batches))
+                    self.step(self._fetch())
                     told = agreement.exchange(self._signals(stop))
                     self.clock.advance(told.elapsed_s)
                     if told.failed:
@@ -174,9 +187,16 @@ class Loop:
             if self.looks and not looked_at:
                 self._look(self.looks)
             self.state.gather()
+        except RuntimeError as error:
+            if self.engine.world_size > 1 and _of_the_network(error):
+                raise LostRankError(
+                    f"rank {self.engine.rank} lost the others in step {self.clock.step} ({_first_line(error)}): "
+                    "one of them died, see its output and RUN/heartbeats. The last checkpoint is whole: --resume"
+                ) from error
+            raise
         finally:
-            agreement.close()
             self.log.stop()
+        agreement.close()
 
     def step(self, micro_batches: Sequence[Batch]) -> None:
         """One optimizer step on all micro-batches, skipped on every rank if its gradient is not finite."""
@@ -203,7 +223,10 @@ class Loop:
         """Whatever is due after this step: the log line, a checkpoint, and then a look, which may fail."""
         step = self.clock.step
         if step % self.config.log_every == 0 or self.clock.finished:
-            self._log_line()
+            loss = self._log_line()
+            if (median := self.spikes.jumped(step, loss)) is not None:
+                self._rewind(loss, median)
+                return
         if self._due(self.config.save_every):
             self._save_due_step = step
         if self._save_due_step >= 0 and self._saves == self.writer.submitted:
@@ -227,7 +250,8 @@ class Loop:
         state = {
             "elapsed_s": self.clock.elapsed_s,
             "ema": self.ema.state(),
-            "order": self.feed.order(self.clock.step),
+            "order": self.feed.order(self.clock.step + self.skipped_batches),
+            "skipped_batches": self.skipped_batches,
             "world_size": self.engine.world_size,
             "micro_batches": self.engine.world_size * self.accumulation,
             "identity": self.identity,
@@ -264,21 +288,64 @@ class Loop:
                 f"a step was {before} micro-batches over all ranks and is {parts} now: the same clips in the "
                 "same order, but other noise. For the same noise keep ranks x engine.accumulation"
             )
+        self._go_back(saved, float(saved.state["elapsed_s"]))
+        self.skipped_batches = int(saved.state.get("skipped_batches", 0))
+
+    def _go_back(self, saved: Saved, elapsed_s: float) -> None:
         self.state.restore(saved)
-        self.clock = Clock(
-            self.config.steps, self.config.minutes, step=saved.step, elapsed_s=float(saved.state["elapsed_s"])
+        self.clock = Clock(self.config.steps, self.config.minutes, step=saved.step, elapsed_s=elapsed_s)
+        self.saved_step, self._save_due_step = saved.step, -1
+
+    def _rewind(self, loss: float, median: float) -> None:
+        """Go back to before a loss spike, and past all batches since; collective.
+
+        The time stays what it is. Raises DivergedError when that was in vain several times.
+        """
+        spiked, before = self.clock.step, self.spikes.good_step
+        self.writer.wait()
+        saved = self.store.newest(up_to=before)
+        what = f"the loss jumped to {loss:.4g} at step {spiked}, from a median of {median:.4g}"
+        if saved is None:
+            self.log.say(f"{what}; no checkpoint from before it (by step {before}) to go back to")
+            return
+        self.spikes.rewound(saved.step)
+        self.engine.barrier()
+        if self.engine.rank == 0:
+            self.store.drop_after(saved.step)
+        self.engine.barrier()
+        self._go_back(saved, self.clock.elapsed_s)
+        self.skipped_batches += spiked - saved.step
+        self._streak = self._longest_streak = torch.zeros_like(self._streak)
+        self._recent.clear()
+        self._steps_logged = saved.step
+        self._batches = self._open()
+        self.log.write(
+            {
+                "step": saved.step,
+                "event": "rewound",
+                "from_step": spiked,
+                "loss": loss,
+                "median_loss": median,
+                "skipped_batches": self.skipped_batches,
+            }
         )
-        self.saved_step = saved.step
+        self.log.say(f"{what}: goes on from step {saved.step}, past the {spiked - saved.step} batches since")
 
     def _signals(self, stop: StopRequest) -> Signals:
         failed = self.writer.failure is not None
         return Signals(stop.received is not None, self.clock.read(), failed, self.writer.finished)
 
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _open(self) -> Iterator[Batch]:
+        return self.feed.open(self.clock.step + self.skipped_batches)
+
+    def _fetch(self) -> list[Batch]:
         """The micro-batches of a step, on the device."""
         begin = time.perf_counter()
-        fetched = list(itertools.islice(batches, self.accumulation))
-        self._wait_s += time.perf_counter() - begin
+        fetched = list(itertools.islice(self._batches, self.accumulation))
+        waited_s = time.perf_counter() - begin
+        self._wait_s += waited_s
+        if waited_s > SLOW_S:
+            self.log.say(f"step {self.clock.step} waited {waited_s:.0f} s for its data: slow storage?")
         assert len(fetched) == self.accumulation, "the feed is endless"
         self._recent.append(tuple(name for batch in fetched for name in batch.ids))
         self._frames += sum(batch.proprio_BTS.shape[:2].numel() for batch in fetched)
@@ -311,8 +378,11 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.clock.step % every == 0 and not self.clock.finished
 
-    def _log_line(self) -> None:
-        """Fetch the metrics, write them, and give up when too many steps in a row were skipped."""
+    def _log_line(self) -> float:
+        """Fetch the metrics and write them; gives the mean loss.
+
+        Raises DivergedError when too many steps in a row were skipped.
+        """
         means, skips = self.metrics.fetch(self._mean_over_ranks), int(self._longest_streak)
         self._longest_streak = self._streak
         now = time.perf_counter()
@@ -343,6 +413,7 @@ class Loop:
                 f"the last batch was {', '.join(ids[-1][:4])}{', ...' if len(ids[-1]) > 4 else ''} "
                 "(all in metrics.jsonl). Weights were not touched: lower optim.lr, or look at these clips"
             )
+        return means["loss"]
 
     def _look(self, looks: Sequence[Look]) -> None:
         """Log what the looks give; the time they take is not the steps'."""
@@ -374,6 +445,19 @@ def noise_generator(seed: int, step: int, part: int, device: torch.device | str)
     """The random stream of one micro-step; `part` counts micro-batches of a step over all ranks."""
     digest = hashlib.blake2b(json.dumps([seed, step, part]).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class LostRankError(VidworldError):
+    """Another process of the run is gone."""
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective failed; gloo has no exception class of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][-160:]
 
 
 def _memory_gb(device: torch.device) -> float:
