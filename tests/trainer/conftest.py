@@ -24,7 +24,8 @@ from vidworld.trainer.ema import EMA
 from vidworld.trainer.encode import encode_dataset
 from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.logging import RunLog
-from vidworld.trainer.loop import Feed, Loop, LoopConfig
+from vidworld.trainer.loop import Feed, Loop
+from vidworld.trainer.loop_config import LoopConfig
 from vidworld.trainer.optim import OptimConfig
 from vidworld.trainer.tasks import Moment, Task
 from vidworld.trainer.train import train

@@ -16,7 +16,8 @@ from vidworld.errors import PreemptedError
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.logging import RunLog
-from vidworld.trainer.loop import Loop, LoopConfig
+from vidworld.trainer.loop import Loop
+from vidworld.trainer.loop_config import LoopConfig
 from vidworld.trainer.optim import OptimConfig
 from vidworld.types import Batch
 
@@ -86,9 +87,9 @@ def train(strategy: str, run: Path, scenario: str) -> None:
     loop = loop_of(strategy, run, scenario, accumulation)
     with loop.log:
         if until is not None:
-            loop.saved_step = -1
+            loop.saving.saved_step = -1
             loop.save()
-            loop.writer.wait()
+            loop.saving.finish()
             plain = loop.step
 
             def stopped(micro_batches: Any) -> None:

@@ -158,7 +158,7 @@ class CheckpointStore:
 
         Damaged ones are passed over with a warning that names the damage. CheckpointError when all are.
         """
-        names = [name for name in self.names() if up_to is None or _step_of(name) <= up_to]
+        names = [name for name in self.names() if up_to is None or step_of(name) <= up_to]
         for name in names:
             try:
                 saved = verify(self.directory / name)
@@ -179,7 +179,7 @@ class CheckpointStore:
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, which a run that went back will do again, otherwise."""
-        kept = [name for name in self.names() if _step_of(name) <= step]
+        kept = [name for name in self.names() if step_of(name) <= step]
         write_atomic(self.directory / LATEST, f"{kept[0]}\n".encode())
         for name in set(self.names()) - set(kept):
             shutil.rmtree(self.directory / name)
@@ -225,10 +225,10 @@ class CheckpointStore:
 
 def newest_step(directory: Path) -> int:
     """Step of the newest checkpoint in a `checkpoints/` directory by its name, unread; -1 for none."""
-    return max((_step_of(path.name) for path in directory.glob("step-*") if path.is_dir()), default=-1)
+    return max((step_of(path.name) for path in directory.glob("step-*") if path.is_dir()), default=-1)
 
 
-def _step_of(name: str) -> int:
+def step_of(name: str) -> int:
     """The step in the name of a checkpoint; -1 if it is none."""
     step = name.split("-")[1]
     return int(step) if step.isdecimal() else -1

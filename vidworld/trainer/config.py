@@ -16,7 +16,7 @@ from vidworld.model.dit import DiTConfig
 from vidworld.tokenizers.conv import ConvTokenizerConfig
 from vidworld.trainer.engine import EngineConfig
 from vidworld.trainer.logging import WandbMode
-from vidworld.trainer.loop import LoopConfig
+from vidworld.trainer.loop_config import LoopConfig
 from vidworld.trainer.optim import OptimConfig
 from vidworld.world.spec import SamplerSettings
 

@@ -17,62 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidworld.errors import CheckpointError, ConfigError, DivergedError, PreemptedError, VidworldError
-from vidworld.trainer.checkpoint import CheckpointStore, Saved, SaveError, Snapshot
-from vidworld.trainer.control import Agreement, Clock, Consent, Signals, StopRequest, frozen_gc
+from vidworld.errors import CheckpointError, DivergedError, PreemptedError, VidworldError
+from vidworld.trainer.checkpoint import Saved, SaveError
+from vidworld.trainer.control import Agreement, Clock, Signals, StopRequest, frozen_gc
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import Engine
 from vidworld.trainer.heartbeat import Heartbeat, State
 from vidworld.trainer.logging import Accumulator, RunLog
+from vidworld.trainer.loop_config import LoopConfig
 from vidworld.trainer.optim import OptimConfig, rate_factor
+from vidworld.trainer.saving import Saving
 from vidworld.trainer.spike import SpikeWatch
 from vidworld.trainer.state import TrainingState
 from vidworld.trainer.tasks import Moment, Task
-from vidworld.trainer.writer import Writer
+from vidworld.trainer.upload import Uploader
 from vidworld.types import Batch
 
 SLOW_S = 30.0
 """A step that waits longer for its data says so."""
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long, and how often to look and to save."""
-
-    steps: int | None = None
-    """Optimizer steps; with `minutes` too, whichever limit comes first ends the run."""
-    minutes: float | None = None
-    """Minutes in the loop, everything included; schedules follow the time."""
-    log_every: int = 20
-    save_every: int = 1000
-    keep: int = 2
-    """Whole checkpoints kept."""
-    save_in_background: bool = True
-    """Write checkpoints from a copy while the training goes on. One that is due while another is still being
-    written waits for it, and the training does not."""
-    ema_decay: float = 0.999
-    max_skips: int = 20
-    """Steps in a row with a gradient that is not finite, before the run gives up (exit code 4)."""
-    spike_factor: float = 0.0
-    """Go back to the newest whole checkpoint, and past the batches since, when the mean loss of a log line is
-    more than so many times the median of the 20 lines before it; 0 never."""
-    hang_s: float = 900.0
-    """A step that takes longer ends the process, with the stacks of all threads; 0 never. The first step of
-    a process, and looks, may take four times as long."""
-    silent_s: float = 120.0
-    """A rank that gives no sign of life for longer ends the others; 0 never."""
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep", "max_skips"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="at least 1")
-        if 0 < self.spike_factor <= 1 or self.spike_factor < 0:
-            raise ConfigError("loop.spike_factor", got=self.spike_factor, expected="above 1, or 0")
-        for name in ("hang_s", "silent_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"loop.{name}", got=getattr(self, name), expected="0 or more")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError("loop.ema_decay", got=self.ema_decay, expected="0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -133,22 +95,21 @@ class Loop:
         self.ema = ema
         self.state = TrainingState(task, ema, engine)
         self.clock = Clock(config.steps, config.minutes)
-        self.store = CheckpointStore(
+        self.saving = Saving(
+            self.state,
+            engine,
             run / "checkpoints",
             keep=config.keep,
-            rank=engine.rank,
-            num_writers=engine.num_optimizer_shards,
-            agree=Consent(engine.world_size),
+            in_background=config.save_in_background,
+            uploader=Uploader(config.upload, keep=config.keep, say=log.say) if config.upload else None,
+            say=log.say,
         )
-        self.writer = Writer(self.store, engine.device)
+        self.store = self.saving.store
         self.spikes = SpikeWatch(config.spike_factor)
         self.skipped_batches = 0
         """Batches of steps that were left out after loss spikes: step s reads those of s + skipped."""
         self.metrics = Accumulator()
-        self.saved_step = -1
-        self._save_due_step = -1
         self._saves = 0  # that all ranks have finished
-        self._held_up_s = 0.0
         self._streak = self._longest_streak = torch.zeros((), device=engine.device)
         self._recent: deque[tuple[str, ...]] = deque(maxlen=4)
         self._wait_s, self._since = 0.0, time.perf_counter()
@@ -174,27 +135,31 @@ class Loop:
                     told = agreement.exchange(self._signals(stop))
                     self.clock.advance(told.elapsed_s)
                     if told.failed:
-                        raise self.writer.failure or SaveError("another rank could not write a checkpoint")
+                        raise self.saving.writer.failure or SaveError(
+                            "another rank could not write a checkpoint"
+                        )
                     self._saves = told.saves
                     self.look_and_save()
                     if told.stop and not self.clock.finished:
                         self.save()
-                        self.writer.wait()
+                        self.saving.finish()
                         raise PreemptedError(self._farewell(stop))
-            looked_at = self.saved_step == self.clock.step  # a run that was at its end already
+            looked_at = self.saving.saved_step == self.clock.step  # a run that was at its end already
             self.save()
-            self.writer.wait()
             if self.looks and not looked_at:
                 self._look(self.looks)
             self.state.gather()
+            self.saving.finish()
         except RuntimeError as error:
             if self.engine.world_size > 1 and _of_the_network(error):
                 raise LostRankError(
-                    f"rank {self.engine.rank} lost the others in step {self.clock.step} ({_first_line(error)}): "
-                    "one of them died, see its output and RUN/heartbeats. The last checkpoint is whole: --resume"
+                    f"rank {self.engine.rank} lost another in step {self.clock.step} "
+                    f"({_first_line(error)}): see "
+                    "what that one said, and RUN/heartbeats. The last checkpoint is whole: --resume"
                 ) from error
             raise
         finally:
+            self.saving.settle()
             self.log.stop()
         agreement.close()
 
@@ -212,7 +177,7 @@ class Loop:
             for name, value in parts.items():
                 value = value.detach() * share
                 losses[name] = losses[name] + value if name in losses else value
-        self.writer.fence()
+        self.saving.writer.fence()
         outcome = self.engine.update(rate_factor(self.optim, number, progress))
         self.ema.update(self.task)
         self._streak = (self._streak + 1) * outcome["skipped"]
@@ -228,49 +193,26 @@ class Loop:
                 self._rewind(loss, median)
                 return
         if self._due(self.config.save_every):
-            self._save_due_step = step
-        if self._save_due_step >= 0 and self._saves == self.writer.submitted:
-            if step > self._save_due_step:
-                self.log.say(
-                    f"step {step}: the checkpoint due at {self._save_due_step} had to wait until the one "
-                    "before it was written: storage is slower than loop.save_every asks for"
-                )
-            self.save()
+            self.saving.due(step)
+        self.saving.save_if_due(step, self._saves, self._facts)
         if due := [look for look in self.looks if self._due(look.every)]:
             self._look(due)
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step, unless it has one; waits only if one is being written."""
-        self._save_due_step = -1
-        if self.saved_step == self.clock.step:
-            return
+        """Start to write a checkpoint of this step, unless it has one."""
         self._mark("saving")
-        begin = time.perf_counter()
-        tensors, groups = self.engine.optimizer_state()
-        state = {
+        self.saving.save(self.clock.step, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
             "elapsed_s": self.clock.elapsed_s,
-            "ema": self.ema.state(),
             "order": self.feed.order(self.clock.step + self.skipped_batches),
             "skipped_batches": self.skipped_batches,
             "world_size": self.engine.world_size,
             "micro_batches": self.engine.world_size * self.accumulation,
             "identity": self.identity,
         }
-        self.writer.submit(
-            Snapshot(
-                step=self.clock.step,
-                model=self.state.model(),
-                ema=self.state.averages(),
-                optimizer=tensors,
-                optimizer_groups=groups,
-                state=state,
-            )
-        )
-        if not self.config.save_in_background:
-            self.writer.wait()
-            self._saves = self.writer.finished
-        self._held_up_s += time.perf_counter() - begin
-        self.saved_step = self.clock.step
 
     def resume(self, saved: Saved) -> None:
         """Take over weights, averages, moments and counters; refuses another order or architecture."""
@@ -294,7 +236,7 @@ class Loop:
     def _go_back(self, saved: Saved, elapsed_s: float) -> None:
         self.state.restore(saved)
         self.clock = Clock(self.config.steps, self.config.minutes, step=saved.step, elapsed_s=elapsed_s)
-        self.saved_step, self._save_due_step = saved.step, -1
+        self.saving.at(saved.step)
 
     def _rewind(self, loss: float, median: float) -> None:
         """Go back to before a loss spike, and past all batches since; collective.
@@ -302,7 +244,7 @@ class Loop:
         The time stays what it is. Raises DivergedError when that was in vain several times.
         """
         spiked, before = self.clock.step, self.spikes.good_step
-        self.writer.wait()
+        self.saving.writer.wait()
         saved = self.store.newest(up_to=before)
         what = f"the loss jumped to {loss:.4g} at step {spiked}, from a median of {median:.4g}"
         if saved is None:
@@ -332,8 +274,9 @@ class Loop:
         self.log.say(f"{what}: goes on from step {saved.step}, past the {spiked - saved.step} batches since")
 
     def _signals(self, stop: StopRequest) -> Signals:
-        failed = self.writer.failure is not None
-        return Signals(stop.received is not None, self.clock.read(), failed, self.writer.finished)
+        writer = self.saving.writer
+        failed = writer.failure is not None
+        return Signals(stop.received is not None, self.clock.read(), failed, writer.finished)
 
     def _open(self) -> Iterator[Batch]:
         return self.feed.open(self.clock.step + self.skipped_batches)
@@ -398,11 +341,11 @@ class Loop:
             "frames_per_s": frames / seconds,
             "tokens_per_s": frames * self.task.tokens_per_frame / seconds,
             "wait_share": min(1.0, self._wait_s / seconds),
-            "save_share": min(1.0, self._held_up_s / seconds),
+            "save_share": min(1.0, self.saving.held_up_s / seconds),
             "memory_gb": _memory_gb(self.engine.device),
             "elapsed_s": self.clock.elapsed_s,
         }
-        self._wait_s, self._held_up_s, self._frames = 0.0, 0.0, 0
+        self._wait_s, self.saving.held_up_s, self._frames = 0.0, 0.0, 0
         self.log.advance(self._bar()[1])
         self.log.write(row, shown=("step", "loss", "grad_norm", "step_s"))
         if skips >= self.config.max_skips:

@@ -45,8 +45,8 @@ class SpikeWatch:
         self._rewinds[step] = self._rewinds.get(step, 0) + 1
         if self._rewinds[step] > MOST_REWINDS:
             raise DivergedError(
-                f"the loss jumped again after {MOST_REWINDS} rewinds to step {step}, each past other batches: "
-                "it is not the data. Lower optim.lr, or raise loop.spike_factor if such jumps are harmless"
+                f"the loss jumped again after {MOST_REWINDS} rewinds to step {step}, past other batches each "
+                "time: it is not the data. Lower optim.lr, or raise loop.spike_factor if they do no harm"
             )
         self._losses.clear()
         self.good_step = step

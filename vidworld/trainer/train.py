@@ -46,6 +46,7 @@ from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Valida
 from vidworld.trainer.supervise import supervise_command
 from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
 from vidworld.trainer.warm_up import clip_shapes, prepare_kernels
+from vidworld.trainer.upload import fetch_newest
 from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
 from vidworld.world.load import find
@@ -296,6 +297,10 @@ class _Trial:
             identity=identity,
             heart=self.heart,
         )
+        if resume and training.loop.upload:
+            if self.engine.rank == 0:
+                fetch_newest(training.loop.upload, loop.store.directory, say=self.log.say)
+            self.engine.barrier()
         saved = loop.store.newest() if resume else None
         if saved is not None:
             loop.resume(saved)

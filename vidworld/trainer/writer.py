@@ -108,6 +108,11 @@ class Writer:
         """Call before weights or moments change: on a GPU the copies may still be under way."""
         self._memory.fence()
 
+    def settle(self, timeout_s: float = 60.0) -> None:
+        """Wait for the thread for a while, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def check(self) -> None:
         """Raise what went wrong in the thread."""
         if self.failure is not None:
