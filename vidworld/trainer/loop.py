@@ -210,7 +210,7 @@ class Loop:
             "order": self.feed.order(self.clock.step + self.skipped_batches),
             "skipped_batches": self.skipped_batches,
             "world_size": self.engine.world_size,
-            "micro_batches": self.engine.world_size * self.accumulation,
+            "micro_batches": self._clip_ranks * self.accumulation,
             "identity": self.identity,
         }
 
@@ -224,7 +224,7 @@ class Loop:
                     f"{name} of the run to resume", where=where, got=value, expected=identity.get(name)
                 )
         self.feed.require_same_order(saved.state["order"], where)
-        parts, before = self.engine.world_size * self.accumulation, saved.state.get("micro_batches")
+        parts, before = self._clip_ranks * self.accumulation, saved.state.get("micro_batches")
         if before not in (None, parts):
             self.log.say(
                 f"a step was {before} micro-batches over all ranks and is {parts} now: the same clips in the "

@@ -45,8 +45,8 @@ from vidworld.trainer.run import CONFIG, open_run
 from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Validation, WorldSamples
 from vidworld.trainer.supervise import supervise_command
 from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
-from vidworld.trainer.warm_up import clip_shapes, prepare_kernels
 from vidworld.trainer.upload import fetch_newest
+from vidworld.trainer.warm_up import clip_shapes, prepare_kernels
 from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
 from vidworld.world.load import find
