@@ -45,7 +45,8 @@ class Saving:
 
     def due(self, step: int) -> None:
         """Wish for a checkpoint of this step, or of the first at which none is being written."""
-        self._due_step = step
+        if self._due_step < 0:
+            self._due_step = step
 
     def save_if_due(self, step: int, finished: int, facts: Callable[[], Mapping[str, Any]]) -> None:
         """Save when it is due and nobody is busy; finished: checkpoints that all ranks have written."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vidworld.data import remote
 from vidworld.errors import CheckpointError, DataError
-from vidworld.files import sync_directory, url_of
+from vidworld.files import sync_directory, url_of, write_atomic
 from vidworld.trainer.checkpoint import LATEST, MANIFEST, STAGING, newest_step, step_of, verify
 
 
@@ -125,6 +125,7 @@ def _fetch(url: str, final: Path) -> None:
         verify(staging)
         staging.rename(final)
         sync_directory(final.parent)
+        write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
