@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vidworld
-from vidworld.errors import CheckpointError
+from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.store import save_tokenizer
 from vidworld.world.build import build
 
@@ -133,6 +133,12 @@ def test_faults_are_refused(run, fault, message):
 def test_no_folder_at_all(tmp_path):
     with pytest.raises(CheckpointError, match="got no such folder"):
         vidworld.load(tmp_path / "none")
+
+
+def test_devices_that_are_not_here(tmp_path):
+    for device, says in (("gpu0", "got gpu0, expected cpu, cuda or cuda:N"), ("cuda:99", "got cuda:99")):
+        with pytest.raises(ConfigError, match=says):
+            vidworld.load(tmp_path / "none", device)
 
 
 def test_another_tokenizer_is_refused(world):

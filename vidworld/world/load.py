@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vidworld.errors import CheckpointError
+from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.store import load_tokenizer
 from vidworld.world.build import build, load_weights, narrow
 from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
@@ -41,8 +41,10 @@ def load(
     world of robots that see differently needs before it can be reset. Weights are held in float32 whatever
     the file's precision; see `WorldModel` for what `autocast` does. Parameters do not require grad; actions
     may.
-    Raises CheckpointError saying what is missing, damaged or of another architecture.
+    Raises CheckpointError saying what is missing, damaged or of another architecture, ConfigError for a
+    device that is not here.
     """
+    chosen = _device(device)
     files = find(path)
     spec = WorldSpec.read(files.directory)
     verify(files.weights)
@@ -51,7 +53,20 @@ def load(
     world.requires_grad_(False).eval()
     if embodiment is not None:
         world = narrow(world, [embodiment])
-    return world.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return world.to(chosen)
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    """A device that can be used; by default the GPU if there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError("device", got=name, expected="cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = f"one of {count} GPUs" if count else "cpu: PyTorch sees no GPU"
+        raise ConfigError("device", got=name, expected=here)
+    return device
 
 
 def find(path: Path | str) -> Files:
