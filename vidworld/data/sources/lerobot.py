@@ -11,26 +11,29 @@ What `vidworld export-dataset` wrote beside the standard columns is read back: t
 times (LeRobot needs `timestamp` to be regular), outcomes and the episodes' ids in their first source.
 """
 
-import json
-import string
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vidworld.config import digest
 from vidworld.data import lerobot_format as lerobot
+from vidworld.data.sources.lerobot_meta import (
+    feature_names,
+    filled_path,
+    read_episodes,
+    read_info,
+    read_rows,
+    read_tasks,
+)
 from vidworld.data.sources.naming import guess_dimension, view_name
 from vidworld.data.sources.picture import decode_picture
 from vidworld.data.sources.video_file import part_of_video, whole_video
 from vidworld.errors import DataError
 from vidworld.types import EmbodimentSpec, Episode, Video
-
-_TEMPLATE_FIELDS = {"episode_chunk", "episode_index", "video_key", "chunk_index", "file_index"}
 
 
 class LeRobotSource:
@@ -45,7 +48,7 @@ class LeRobotSource:
     ) -> None:
         self.root = Path(root)
         self.action_key, self.state_key = action_key, state_key
-        self._info = _read_info(self.root)
+        self._info = read_info(self.root)
         self._features: dict[str, Any] = self._info["features"]
         if action_key not in self._features:
             raise DataError(
@@ -88,8 +91,8 @@ class LeRobotSource:
             EmbodimentSpec(
                 embodiment=str(self._info.get("robot_type") or "unknown"),
                 rate_hz=self.fps,
-                action=tuple(map(guess_dimension, _names(self._features, self.action_key))),
-                proprio=tuple(map(guess_dimension, _names(self._features, self.state_key))),
+                action=tuple(map(guess_dimension, feature_names(self._features, self.action_key))),
+                proprio=tuple(map(guess_dimension, feature_names(self._features, self.state_key))),
             ),
         )
 
@@ -141,33 +144,12 @@ class LeRobotSource:
     @cached_property
     def _table(self) -> dict[int, dict[str, Any]]:
         """Episode index -> its row of the episode table."""
-        folder = self.root / lerobot.EPISODE_TABLES
-        rows = (
-            _parquet_rows(folder) if folder.is_dir() else _json_lines(self.root / lerobot.LINES_OF_EPISODES)
-        )
-        table = {}
-        for row in rows:
-            index = row.get(lerobot.EPISODE_INDEX)
-            if not isinstance(index, int) or index < 0 or index in table:
-                raise DataError("episode_index in the episode table", where=self.root / "meta", got=index)
-            table[index] = row
-        if not table:
-            raise DataError("no episodes in the episode table", where=self.root / "meta")
-        return table
+        return read_episodes(self.root)
 
     @cached_property
     def _tasks(self) -> dict[int, str]:
         """Task index -> text."""
-        lines = self.root / lerobot.LINES_OF_TASKS
-        if lines.is_file():
-            return {row["task_index"]: row["task"] for row in _json_lines(lines)}
-        table = self.root / lerobot.TASKS
-        if not table.is_file():
-            return {}
-        # v3.0 writes the text as the table's index, whatever that column is then called.
-        columns = pq.read_table(table).to_pydict()
-        texts = [column for name, column in columns.items() if name != lerobot.TASK_INDEX]
-        return dict(zip(columns[lerobot.TASK_INDEX], texts[0], strict=True)) if texts else {}
+        return read_tasks(self.root)
 
     def _text(self, row: Mapping[str, Any], table: pa.Table) -> str:
         """Instruction of an episode: of the episode table, else of the task that its rows name."""
@@ -181,7 +163,7 @@ class LeRobotSource:
         """Parquet file of an episode and its rows, images left out."""
         path = self._path("data_path", index, row, "data")
         keys = (self.action_key, self.state_key, lerobot.RECORDED_TIME, lerobot.SUCCESS, *lerobot.BOOKKEEPING)
-        return path, _read_parquet(path, keys, index)
+        return path, read_rows(path, keys, index)
 
     def _kept_contract(self) -> EmbodimentSpec | None:
         """What the contract file of an export says, as long as it speaks of the columns that are here."""
@@ -189,7 +171,7 @@ class LeRobotSource:
         if contract is None:
             return None
         for key, dimensions in ((self.action_key, contract.action), (self.state_key, contract.proprio)):
-            if [dimension.name for dimension in dimensions] != _names(self._features, key):
+            if [dimension.name for dimension in dimensions] != feature_names(self._features, key):
                 return None
         return EmbodimentSpec(
             embodiment=contract.embodiment,
@@ -203,24 +185,15 @@ class LeRobotSource:
     def _path(self, template: str, index: int, row: Mapping[str, Any], prefix: str, key: str = "") -> Path:
         """Fill a path template of info.json; `prefix` is where the episode table keeps the numbers."""
         values: dict[str, Any] = {"episode_index": index, "video_key": key}
-        values["episode_chunk"] = index // int(self._info.get("chunks_size", 1000))
+        values["episode_chunk"] = index // self._info.get("chunks_size", 1000)
         for number in ("chunk_index", "file_index"):
             if row.get(f"{prefix}/{number}") is not None:
                 values[number] = row[f"{prefix}/{number}"]
-        pattern = self._info[template]
-        wanted = {field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None}
-        if unknown := wanted - _TEMPLATE_FIELDS:
-            raise DataError(f"{template} names {', '.join(sorted(unknown))}", where=self.root / lerobot.INFO)
-        if missing := wanted - values.keys():
-            raise DataError(f"episode table without {prefix}/{missing.pop()}", where=self.root / "meta")
-        filled = PurePosixPath(pattern.format(**values))
-        if filled.is_absolute() or ".." in filled.parts:
-            raise DataError(f"{template} leaves the dataset", where=self.root / lerobot.INFO, got=str(filled))
-        return self.root / filled
+        return filled_path(self.root, self._info, template, values, prefix)
 
     def _video(self, key: str, index: int, row: Mapping[str, Any], rows_path: Path) -> Video:
         if self._features[key]["dtype"] == "image":
-            count = _read_parquet(rows_path, (lerobot.EPISODE_INDEX,), index).num_rows
+            count = read_rows(rows_path, (lerobot.EPISODE_INDEX,), index).num_rows
             return Video(count, partial(_decode_images, rows_path, key, index))
         prefix = f"videos/{key}"
         path = self._path("video_path", index, row, prefix, key)
@@ -230,83 +203,6 @@ class LeRobotSource:
         if start is None or end is None:
             return whole_video(path, declared_fps=self.fps)
         return part_of_video(path, declared_fps=self.fps, start_s=start, end_s=end)
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / lerobot.INFO
-    try:
-        info = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError("cannot read the metadata", where=path, got=error.strerror) from None
-    except ValueError as error:
-        raise DataError("not valid JSON", where=path, got=error) from None
-    if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
-        raise DataError("no features", where=path, fix="is this a LeRobot dataset of v2.0 or newer?")
-    fps = info.get("fps")
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not fps > 0:
-        raise DataError("fps", where=path, got=fps, expected="frames per second")
-    cameras = any(feature.get("dtype") == "video" for feature in info["features"].values())
-    for template in ("data_path", "video_path") if cameras else ("data_path",):
-        if not isinstance(info.get(template), str):
-            raise DataError(
-                f"no {template}",
-                where=path,
-                got=f"version {info.get('codebase_version')}",
-                expected="LeRobot v2.0, v2.1 or v3.0",
-                fix="older datasets: convert with lerobot's own converter first",
-            )
-    return info
-
-
-def _names(features: Mapping[str, Any], key: str) -> list[str]:
-    """One name per number of a feature: lists and `{"motors": [...]}` are both in use, or none at all."""
-    if key not in features:
-        return []
-    shape, names = features[key].get("shape") or [], features[key].get("names")
-    if len(shape) != 1:
-        raise DataError(f"shape of feature {key!r}", got=shape, expected="one axis")
-    while isinstance(names, dict) and len(names) == 1:
-        names = next(iter(names.values()))
-    if isinstance(names, dict):
-        names = list(names)
-    if (
-        not isinstance(names, list)
-        or len(names) != shape[0]
-        or len({str(name) for name in names}) != shape[0]
-    ):
-        names = [f"{key.rpartition('.')[2]}_{index}" for index in range(shape[0])]
-    return [str(name) for name in names]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError("cannot read the metadata", where=path, got=error.strerror) from None
-    except ValueError as error:
-        raise DataError("not valid JSON lines", where=path, got=error) from None
-
-
-def _parquet_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the v3.0 episode table, statistics left out (they are most of its bytes)."""
-    for path in sorted(folder.rglob("*.parquet")):
-        try:
-            names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
-            yield from pq.read_table(path, columns=names).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError("damaged episode table", where=path, got=error) from None
-
-
-def _read_parquet(path: Path, wanted: tuple[str, ...], index: int) -> pa.Table:
-    """Those of the wanted columns that exist, for the rows of one episode."""
-    try:
-        present = set(pq.read_schema(path).names)
-        filters = [(lerobot.EPISODE_INDEX, "=", index)] if lerobot.EPISODE_INDEX in present else None
-        return pq.read_table(path, columns=[key for key in wanted if key in present], filters=filters)
-    except FileNotFoundError:
-        raise DataError("missing data file", where=path) from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError("damaged data file", where=path, got=error) from None
 
 
 def _check_rows(table: pa.Table, index: int, row: Mapping[str, Any], path: Path) -> None:
@@ -382,7 +278,7 @@ def _flat(table: pa.Table, key: str, path: Path) -> np.ndarray:
 def _decode_images(path: Path, key: str, index: int) -> Iterator[np.ndarray]:
     """Frames of a camera whose pictures lie in the parquet file."""
     for row, picture in enumerate(
-        _read_parquet(path, (key, lerobot.EPISODE_INDEX), index).column(key).to_pylist()
+        read_rows(path, (key, lerobot.EPISODE_INDEX), index).column(key).to_pylist()
     ):
         content = picture.get("bytes") if isinstance(picture, dict) else picture
         if not isinstance(content, bytes):
