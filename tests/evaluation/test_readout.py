@@ -11,7 +11,7 @@ import torch
 from vidworld import cli
 from vidworld.contract import Dimension
 from vidworld.data.convert import ConvertOptions, convert
-from vidworld.errors import CheckpointError, ConfigError, DataError
+from vidworld.errors import CheckpointError, ConfigError, DataError, DivergedError
 from vidworld.evaluation import lab_truth
 from vidworld.evaluation.lab_frames import load_frames, open_datasets
 from vidworld.evaluation.quantities import COLOURS, PAINTS, SUBJECTS
@@ -158,6 +158,22 @@ def test_the_same_seed_trains_the_same_weights(data):
     other = train_readout(open_datasets(data), dataclasses.replace(short, seed=1)).net.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_ends_when_its_minutes_are_over(data, monkeypatch):
+    # Asked for before training, at its start, before each step, and at its end.
+    clock = iter([0.0, 0.0, *(15.0 * step for step in range(100))])
+    monkeypatch.setattr("vidworld.evaluation.readout_training.time.perf_counter", lambda: next(clock))
+    losses = []
+    training = dataclasses.replace(TRAINING, steps=50, minutes=1.0)
+    train_readout(open_datasets(data[:1]), training, progress=losses.append)
+    assert len(losses) == 4
+
+
+def test_a_training_that_diverges_says_so(data):
+    training = dataclasses.replace(TRAINING, steps=20, lr=1e30, warmup_steps=0)
+    with pytest.raises(DivergedError, match="lower --lr"):
+        train_readout(open_datasets(data[:1]), training)
 
 
 def test_what_is_loaded_is_what_was_saved(trained, saved, tmp_path):

@@ -41,6 +41,8 @@ class ReadoutTraining:
 
     net: ReadoutConfig = field(default_factory=ReadoutConfig)
     steps: int = 6000
+    minutes: float | None = None
+    """Stop after this long if the steps take longer; the learning rate falls along."""
     rows: int = 16
     """Frames of each kind in a step."""
     lr: float = 2e-3
@@ -63,8 +65,8 @@ class ReadoutTraining:
         for name in ("steps", "rows", "stride"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"setting {name!r}", got=getattr(self, name), expected="at least 1")
-        for name in ("lr", "memory_gb"):
-            if not getattr(self, name) > 0:
+        for name in ("lr", "memory_gb", "minutes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"setting {name!r}", got=getattr(self, name), expected="above 0")
         for name in ("warmup_steps", "weight_decay", "number_weight", "augment"):
             if not getattr(self, name) >= 0:
@@ -146,9 +148,13 @@ def _fit(
     generator = torch.Generator(device).manual_seed(training.seed)
     bf16 = training.precision == "bf16" or (training.precision == "auto" and device.type == "cuda")
     feeds = {kind: _endless(order, len(frames), training.rows) for kind, frames in known.items()}
+    began, minutes = time.perf_counter(), training.minutes or math.inf
     for step in range(training.steps):
+        done = max(step / training.steps, (time.perf_counter() - began) / 60 / minutes)
+        if done >= 1:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * _rate(step, training)
+            group["lr"] = training.lr * _rate(step, done, training)
         batches = {kind: _batch(known[kind], next(feed), training, device) for kind, feed in feeds.items()}
         pictures_NCHW = augment(
             torch.cat([batch[0] for batch in batches.values()]), training.augment, generator
@@ -172,10 +178,12 @@ def _fit(
         with torch.no_grad():
             for mean, now in zip(averaged.parameters(), net.parameters(), strict=True):
                 mean.lerp_(now, 1 - decay)
-        if (step % 50 == 49 or step + 1 == training.steps) and not torch.isfinite(loss):
+        if step % 50 == 49 and not torch.isfinite(loss):
             raise DivergedError(f"the loss of the readout is not finite at step {step + 1}: lower --lr")
         if progress is not None:
             progress(float(loss.detach()) if step % 10 == 9 else math.nan)
+    if not all(parameter.isfinite().all() for parameter in averaged.parameters()):
+        raise DivergedError("the readout's weights are not finite: lower --lr")
     return averaged
 
 
@@ -248,10 +256,10 @@ def _endless(order: np.random.Generator, count: int, rows: int) -> Any:
         left = left[rows:]
 
 
-def _rate(step: int, training: ReadoutTraining) -> float:
+def _rate(step: int, done: float, training: ReadoutTraining) -> float:
     """Share of the learning rate: linear warm-up, then a cosine to zero."""
     warm = min(1.0, (step + 1) / max(1, training.warmup_steps))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _scale(frames: LabFrames) -> Scale:
