@@ -31,7 +31,7 @@ from vidworld.evaluation.lab_truth import Truth, read_truth
 from vidworld.evaluation.quantities import SUBJECTS
 from vidworld.evaluation.readout import WEIGHTS, Readings, Readout, load_readout
 from vidworld.evaluation.readout_errors import measure
-from vidworld.evaluation.readout_picture import edges, tint
+from vidworld.evaluation.readout_picture import OUTLINED, edges, tint
 
 SCALE = 2
 COLUMNS = 5
@@ -163,9 +163,10 @@ def sheet(readout: Readout, datasets: Sequence[ShardDataset], index: int) -> np.
 
 
 def _row(frames_THWC: np.ndarray, readings: Readings, truth: Truth, seed: int) -> np.ndarray:
-    shown_THWC = tint(frames_THWC, readings.masks, scale=SCALE)
-    for true_THW in truth.masks_THW.values():
-        shown_THWC[edges(true_THW.repeat(SCALE, 1).repeat(SCALE, 2))] = 255
+    read = {name: mask for name, mask in readings.masks.items() if name not in OUTLINED}
+    shown_THWC = tint(frames_THWC, read, scale=SCALE)
+    for name in read:
+        shown_THWC[edges(truth.masks_THW[name].repeat(SCALE, 1).repeat(SCALE, 2))] = 255
     cells = []
     points = _points(readings, truth, seed, frames_THWC.shape[1])
     for frame, picture_HWC in enumerate(shown_THWC):

@@ -22,6 +22,7 @@ from vidworld.evaluation.quantities import Subject
 PATCH = 4
 GROUPS = 8
 MOMENTS = 7
+PRIOR_LOGIT = -2.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class ReadoutNet(nn.Module):
         self.masks = nn.ModuleDict(
             {kind: nn.Conv2d(fine, len(subject.masks) * PATCH**2, 1) for kind, subject in subjects.items()}
         )
+        for head in self.masks.values():
+            # Most pixels are in no mask: begin by saying so (Lin et al. 2017, "Focal Loss", section 3.3).
+            assert isinstance(head, nn.Conv2d)
+            assert head.bias is not None
+            nn.init.constant_(head.bias, PRIOR_LOGIT)
         self.numbers = nn.ModuleDict({kind: self._mlp(subject) for kind, subject in subjects.items()})
 
     def _mlp(self, subject: Subject) -> nn.Sequential:

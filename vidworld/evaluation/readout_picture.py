@@ -6,22 +6,16 @@ import numpy as np
 
 from vidworld import media, plots
 from vidworld.evaluation.lab_truth import Truth
-from vidworld.evaluation.quantities import COLOURS, SUBJECTS
+from vidworld.evaluation.quantities import SUBJECTS
 from vidworld.evaluation.readout import Readings
 
-COLOURS_SHOWN = {
-    name: (round(255 * red), round(255 * green), round(255 * blue))
-    for name, (red, green, blue) in COLOURS.items()
-}
 TINTS: Mapping[str, tuple[int, int, int]] = {
     "arm": (255, 255, 255),
-    "box": (255, 64, 160),
     "canvas": (255, 255, 255),
     "streak": (0, 230, 255),
-    "liquid": (255, 64, 160),
-    "smoke": (255, 64, 160),
-    **COLOURS_SHOWN,
 }
+SUBJECT = (255, 64, 160)
+"""Of every other mask."""
 OUTLINED = ("arm", "canvas")
 """Masks of surroundings: their outline says enough."""
 TINT = 0.35
@@ -35,7 +29,7 @@ def tint(frames_THWC: np.ndarray, masks_THW: Mapping[str, np.ndarray], *, scale:
     out_THWC = frames_THWC.repeat(scale, 1).repeat(scale, 2).astype(np.float32)
     for name, mask_THW in masks_THW.items():
         large_THW = mask_THW.repeat(scale, 1).repeat(scale, 2)
-        colour = np.array(TINTS.get(name, (255, 64, 160)), np.float32)
+        colour = np.array(TINTS.get(name, SUBJECT), np.float32)
         share_THW = np.where(edges(large_THW), 0.9, 0.0 if name in OUTLINED else TINT) * large_THW
         out_THWC += share_THW[..., None] * (colour - out_THWC)
     return out_THWC.round().astype(np.uint8)
