@@ -28,6 +28,7 @@ COMMANDS = {
     "lab": Command("vidworld.lab_command:main", "make episodes with a ground-truth simulator"),
     "encode": Command("vidworld.trainer.encode:main", "turn video shards into latent shards"),
     "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
+    "plan": Command("vidworld.trainer.plan.command:main", "predict memory, time and cost of a training run"),
     "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),
     "eval": Command("vidworld.evaluation.evaluate:main", "measure a world model on held-out episodes"),
     "readout": Command(

@@ -240,7 +240,9 @@ def _train_world(
     begin()
     kinds = clip_kinds(training.loader, training.long_clip_frames, training.long_clip_fraction, trial.parts)
     shapes = clip_shapes(list(kinds.values()), trial.parts)
-    log.say(prepare_kernels(task, shapes, trial.engine.device, trial.autocast, uses_compile(training.engine)))
+    # Where weights are cut across ranks, a pass outside the engine has none to run on.
+    compiled = uses_compile(training.engine) and training.engine.strategy in ("ddp", "zero1", "zero2")
+    log.say(prepare_kernels(task, shapes, trial.engine.device, trial.autocast, compiled))
     loop.fit()
 
 

@@ -1,0 +1,1 @@
+"""What a training run will need and how long it will take, before it is started."""
