@@ -2,9 +2,9 @@
 
     python tools/bench/lab.py --processes 16
 
-64 frames at 128 px, everything included (planning, physics, effect, pictures, masks). CPU seconds count for
-`lab.fps.<kind>`, so other work on the machine disturbs little; with several processes the wall clock gives
-`lab.fps_per_process.<kind>` next to it. The first episode of a process compiles kernels and is left out.
+64 frames at 128 px, everything included (planning, physics, effect, pictures, masks). CPU seconds count, so
+other work on the machine disturbs little: `lab.fps.<kind>` is of one process, `lab.scaling.<kind>.p<n>` what
+is left of it a process when n work at once. The first episode of a process compiles kernels and is left out.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ class Options:
     episodes: int = 8
     """Of each kind and process."""
     processes: int = 1
-    """Also measure this many at once."""
+    """More than one: also measure this many at once."""
     out: Path = Path("benchmarks/lab.json")
     """Rows are added here."""
 
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
     rows: dict[str, tuple[float, str]] = {}
     for kind in options.kinds:
         alone = run(kind, options.episodes)
-        rows[f"lab.fps.{kind}"] = (round(alone["cpu_fps"], 1), "frames/s/core")
+        rows[f"lab.fps.{kind}"] = (round(alone, 1), "frames/s/core")
         if options.processes > 1:
             context = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(options.processes, mp_context=context) as pool:
                 jobs = [pool.submit(run, kind, options.episodes) for _ in range(options.processes)]
-                rates = [job.result()["wall_fps"] for job in jobs]
-            name = f"lab.fps_per_process.{kind}.p{options.processes}"
-            rows[name] = (round(sum(rates) / len(rates), 1), "frames/s/process")
+                rates = [job.result() for job in jobs]
+            share = sum(rates) / len(rates) / alone
+            rows[f"lab.scaling.{kind}.p{options.processes}"] = (round(share, 3), "of one process alone")
     asked = f"--kinds {' '.join(options.kinds)} --episodes {options.episodes} --processes {options.processes}"
     add_rows(
         options.out,
@@ -66,20 +66,16 @@ def main(arguments: Sequence[str], prog: str) -> None:
         print(f"{name:<36} {value:8.1f} {unit}")
 
 
-def run(kind: str, episodes: int) -> dict[str, float]:
-    """Frames a CPU second and a wall second over some episodes of a kind."""
+def run(kind: str, episodes: int) -> float:
+    """Frames a CPU second over some episodes of a kind."""
     from vidworld.lab.episode import LabConfig, generate
 
     config = LabConfig()
     generate(kind, WARM_UP_SEED, config)
-    cpu, wall = time.process_time(), time.perf_counter()
+    start = time.process_time()
     for seed in range(episodes):
         generate(kind, seed, config)
-    frames = episodes * config.frames
-    return {
-        "cpu_fps": frames / (time.process_time() - cpu),
-        "wall_fps": frames / (time.perf_counter() - wall),
-    }
+    return episodes * config.frames / (time.process_time() - start)
 
 
 if __name__ == "__main__":
