@@ -6,6 +6,7 @@ vidworld lab show container --seed 3 --out outputs/show
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -138,11 +139,11 @@ class LabSource:
     @property
     def fingerprint(self) -> str:
         """Digest of what determines the bytes, the versions of the simulator included."""
+        from vidworld.lab.arm import fingerprint_of
         from vidworld.lab.episode import versions
 
-        settings = to_mapping(self.config)
-        robot = self.config.robot
-        arm = robot.read_text() if robot else ""
+        settings = to_mapping(dataclasses.replace(self.config, robot=None))
+        arm = fingerprint_of(self.config.robot) if self.config.robot else ""
         return digest([versions(), self.kind, self.episodes, self.seed, settings, arm])
 
     def episode_ids(self) -> list[str]:
@@ -204,7 +205,7 @@ def _make(options: LabOptions) -> None:
     else:
         source = LabSource(options.kind, options.episodes, options.seed, config_of(options))
         size = source.config.size
-        _check_renderer(source.config)
+        _prepare(options.kind, source.config)
     settings = ConvertOptions(
         out=options.out, size=f"{size}x{size}", workers=options.workers, overwrite=options.overwrite
     )
@@ -231,13 +232,19 @@ def config_of(options: LabOptions) -> "LabConfig":
     )
 
 
-def _check_renderer(config: "LabConfig") -> None:
-    """Fail before any episode when the arm does not load or nothing can be drawn."""
+def _prepare(kind: str, config: "LabConfig") -> None:
+    """Fail before any episode when the arm does not load or nothing can be drawn; compile what is not yet."""
     from vidworld.lab.arm import load_arm
     from vidworld.lab.gl import offscreen
+    from vidworld.lab.kernels import warm_up
 
     load_arm(config.robot)
     offscreen(2 * config.size)
+
+    def announce() -> None:
+        print(f"compiling what {kind} needs: a minute, once an installation", file=sys.stderr, flush=True)
+
+    warm_up(kind, config, announce)
 
 
 def _write_sheet(source: LabSource, path: Path) -> None:
@@ -249,7 +256,15 @@ def _write_sheet(source: LabSource, path: Path) -> None:
         frames_THWC = np.stack(list(source.read(episode_id).views["scene"].frames()))
         rows[episode_id.rpartition("-")[2]] = frames_THWC
     times = np.linspace(0, source.config.frames - 1, SHEET_COLUMNS).round().astype(int)
-    media.write_png(path, media.strip(rows, times.tolist()))
+    try:
+        media.write_png(path, media.strip(rows, times.tolist()))
+    except OSError as error:
+        raise ConfigError(
+            "the shards are complete, the contact sheet cannot be written",
+            where=path,
+            got=error.strerror,
+            fix="free some space and run again: only the sheet is made",
+        ) from None
 
 
 def _show(options: ShowOptions) -> None:
@@ -267,6 +282,7 @@ def _show(options: ShowOptions) -> None:
         exploration=options.exploration,
         robot=options.robot,
     )
+    _prepare(options.kind, config)
     with output_directory(options.out, SHOWN, overwrite=options.overwrite) as folder:
         episode = generate(options.kind, options.seed, config)
         frames_THWC = episode.frames_THWC

@@ -6,6 +6,7 @@ gripper and whose y axis is the one it opens along. Its base stands at the origi
 cameras, lights and tendons of the file are replaced; a keyframe `home` gives the resting posture.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def load_arm(robot: Path | None = None) -> Any:
     for name in FINGERS:
         _add_servo(spec, name, *GRIP)
     return spec
+
+
+def fingerprint_of(robot: Path) -> str:
+    """Digest of a file's arm as MuJoCo compiles it, meshes and textures included; not of where it lies."""
+    model = load_arm(robot).compile()
+    content = np.zeros(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, content)
+    return hashlib.sha256(content.tobytes()).hexdigest()
 
 
 def home_of(spec: Any, robot: Path | None) -> np.ndarray:
