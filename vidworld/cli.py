@@ -29,6 +29,8 @@ COMMANDS = {
     "encode": Command("vidworld.trainer.encode:main", "turn video shards into latent shards"),
     "train": Command("vidworld.trainer.train:main", "train a tokenizer or a world model from a YAML"),
     "plan": Command("vidworld.trainer.plan.command:main", "predict memory, time and cost of a training run"),
+    "launch": Command("vidworld.trainer.launch.command:main", "train on many processes and hosts"),
+    "watch": Command("vidworld.trainer.launch.watch:main", "show how a run is doing"),
     "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),
     "eval": Command("vidworld.evaluation.evaluate:main", "measure a world model on held-out episodes"),
     "readout": Command(

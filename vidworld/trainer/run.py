@@ -23,8 +23,9 @@ WRITTEN = (
     "metrics.jsonl",
     CONFIG,
 )
-# What may lie in a run directory before its training: other ranks write their heartbeats at once.
-NOT_OURS = (LOCK, "latents", "heartbeats")
+# What may lie in a run directory before its training: other ranks write their heartbeats at once, and a
+# launcher its logs.
+NOT_OURS = (LOCK, "latents", "heartbeats", "logs")
 _BEFORE = ".vidworld-before"
 
 

@@ -1,0 +1,1 @@
+"""Starting a training on many processes and hosts: `vidworld launch`."""
