@@ -17,7 +17,8 @@ import yaml
 
 from vidworld.cli import run_command
 from vidworld.config import parse
-from vidworld.errors import ConfigError
+from vidworld.data.manifest import Manifest
+from vidworld.errors import ConfigError, DataError
 
 CONTEXT = 4
 MARK = "demo.json"
@@ -51,12 +52,11 @@ def main(arguments: Sequence[str], prog: str) -> None:
     began = time.monotonic()
     _claim(options)
     data = _dataset(options)
-    manifest = json.loads((data / "manifest.json").read_text())
+    episode = _held_out(Manifest.read(data), options)
     _write_configs(options, data)
     tokenizer, world = options.out / "tokenizer", options.out / "world"
     _do("train", options.out / "tokenizer.yaml", "--out", tokenizer)
     _do("train", options.out / "world.yaml", "--out", world)
-    episode = next(s["samples"][0]["episode_id"] for s in manifest["shards"] if s["split"] == "val")
     asked = ["--data", data, "--prompt", episode, "--context", CONTEXT, "--frames", options.frames]
     if options.data is not None:
         # Of a few episodes, the held-out one may go where no other went; the contract is still its own.
@@ -67,6 +67,24 @@ def main(arguments: Sequence[str], prog: str) -> None:
     horizon = ("--context", CONTEXT, "--frames", options.frames)
     _do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
     _finish(options, json.loads((report / "metrics.json").read_text()), (time.monotonic() - began) / 60)
+
+
+def _held_out(manifest: Manifest, options: DemoOptions) -> str:
+    """The episode to imagine; what could not be shown in the end is refused before minutes of training."""
+    if manifest.kind != "video":
+        raise DataError("--data", where=options.data, got=manifest.kind, expected="video")
+    needed, held_out = CONTEXT + options.frames, manifest.samples("val")
+    longest = max((sample.frames for sample in held_out), default=0)
+    if longest < needed:
+        raise DataError(
+            "held-out episodes of the demo",
+            got=f"{len(held_out)}, the longest of {longest} frames",
+            expected=f"one of {CONTEXT} + {options.frames} frames",
+            fix=f"pass --frames {longest - CONTEXT}"
+            if longest > CONTEXT + 1
+            else "give more or longer episodes",
+        )
+    return next(sample.episode_id for sample in held_out if sample.frames >= needed)
 
 
 def _claim(options: DemoOptions) -> None:
