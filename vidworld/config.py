@@ -29,6 +29,8 @@ def from_mapping(cls: type[T], differences: Mapping[str, Any], *, where: object 
 
     Raises ConfigError naming the dotted key, the value got, what was expected and the nearest known key.
     """
+    if not isinstance(differences, Mapping):
+        raise ConfigError("settings", where=where, got=repr(differences)[:80], expected="a mapping")
     _refuse_unknown(cls, differences, where)
     try:
         # Strict through JSON, where a list may stand for a tuple and a string for a Path.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,34 @@ def test_damage_is_refused(world, tmp_path, damage, message):
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(CheckpointError, match=message):
         WorldSpec.read(tmp_path)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something can be replaced in a JSON value; two entries of every list."""
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    )
+    return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
+
+
+def test_any_value_may_be_wrong(world, tmp_path):
+    """A world or CheckpointError, never anything else."""
+    path = world.spec.write(tmp_path)
+    whole = path.read_text()
+    refused = 0
+    swaps = (None, -1, 1e308, "x", [[]], {"a": {}})
+    for number, place in enumerate(places(json.loads(whole))[1:]):
+        for swap in swaps[number % 3 :: 3]:
+            content = inner = json.loads(whole)
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = swap
+            path.write_text(json.dumps(content))
+            try:
+                WorldSpec.read(tmp_path)
+            except CheckpointError:
+                refused += 1
+    assert refused > 50
 
 
 def test_a_missing_file_is_refused(tmp_path):

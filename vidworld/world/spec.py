@@ -218,7 +218,10 @@ class WorldSpec:
         except UserError as error:
             raise CheckpointError(str(error)) from None
         found = {contract.embodiment: contract.digest for contract in spec.contracts}
-        for name, recorded in dict(content.get("contract_digests") or {}).items():
+        digests = content.get("contract_digests")
+        if not isinstance(digests, dict) or set(found) != set(digests):
+            raise CheckpointError("hashes of the action contracts are missing", where=path)
+        for name, recorded in digests.items():
             if found.get(name) != recorded:
                 raise CheckpointError(
                     f"action contract of embodiment {name!r} was altered",
@@ -227,8 +230,6 @@ class WorldSpec:
                     expected=recorded,
                     fix="restore the file: the weights only fit the contract that they were trained with",
                 )
-        if set(found) != set(content.get("contract_digests") or {}):
-            raise CheckpointError("hashes of the action contracts are missing", where=path)
         return spec
 
 
