@@ -63,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError("cannot read the configuration", where=path, got=error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("not valid YAML", where=path, got=str(error)) from None
     if loaded is None:
         return {}

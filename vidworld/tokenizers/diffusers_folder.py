@@ -111,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("cannot read", where=path, got=error) from None
     if not isinstance(content, dict):
         raise CheckpointError("cannot read", where=path, got=type(content).__name__, expected="an object")

@@ -147,8 +147,7 @@ def _load_pretrained(folder: Path, description: Mapping[str, Any]) -> Pretrained
             fix=f"put it back, or set its new `path` in {folder / DESCRIPTION}: the digest is checked",
         )
     tokenizer = load_folder(source, dtype)
-    statistics = description.get("statistics") or {}
-    mean_C, std_C = _statistics(statistics, folder)
+    mean_C, std_C = _statistics(statistics := description.get("statistics") or {}, folder)
     if mean_C.shape == std_C.shape == (tokenizer.latent_channels,):
         tokenizer.set_statistics(mean_C, std_C)
         tokenizer.statistics_from = str(statistics.get("from"))
@@ -177,6 +176,8 @@ def restore_statistics(tokenizer: PretrainedTokenizer, folder: Path) -> bool:
 
 def _statistics(statistics: Mapping[str, Any], folder: Path) -> tuple[Tensor, Tensor]:
     try:
+        if not isinstance(statistics, dict):
+            raise TypeError("no mapping")
         mean_C, std_C = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError("statistics of the tokenizer", where=folder / DESCRIPTION, got=error) from None
@@ -222,7 +223,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("cannot read the tokenizer's description", where=path, got=error) from None
     version = description.get("schema_version") if isinstance(description, dict) else None
     if version != SCHEMA_VERSION:

@@ -323,7 +323,7 @@ def _digest(files: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError("checkpoint cannot be read", where=path, got=type(error).__name__) from None
     if not isinstance(content, dict):
         raise CheckpointError("checkpoint cannot be read", where=path, got=type(content).__name__)

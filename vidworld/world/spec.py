@@ -239,7 +239,7 @@ def read_json(path: Path, *, fix: str | None = None) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError("cannot read", where=path, got=error.strerror, fix=fix) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError("damaged JSON", where=path, got=str(error)) from None
     if not isinstance(content, dict):
         raise CheckpointError("damaged JSON", where=path, got=type(content).__name__, expected="an object")
