@@ -21,6 +21,8 @@ import numba  # noqa: E402
 
 from vidworld.lab.flip_solids import WIDTH, to_local  # noqa: E402
 
+LYING, DISC = 0.9, 1.7
+"""Height, in spacings, below which a particle lies on the table, and how much wider it is drawn then."""
 FAR = 2.0
 """Level set where no particle is near, in units of the spacing."""
 GLASS = 222.0
@@ -65,7 +67,7 @@ class Surface:
 
 def surface_of(x_N3: np.ndarray, spacing: float) -> Surface:
     """Smoothed surface of particles [N, 3] whose distance from each other is about `spacing` metres."""
-    margin = 4 * spacing
+    margin = 5 * spacing
     low = np.floor((x_N3.min(0).astype(np.float64) - margin) / spacing) * spacing
     counts = np.ceil((x_N3.max(0) + margin - low) / spacing).astype(int) + 1
     sums = np.zeros((*counts, 4), np.float32)
@@ -110,22 +112,27 @@ def draw_liquid(
 
 @numba.njit(cache=True, error_model="numpy")
 def _level_set(x_N3, low_3, spacing, sums, phi):
-    """phi = |x - mean of particle positions near x| - radius, in spacings; kernel (1 - s^2)^3."""
+    """phi = |x - mean of particle positions near x| - radius, in spacings; kernel (1 - s^2)^3.
+
+    Particles that lie on the table are drawn wide, so that they merge: a spill wets it.
+    """
     nx, ny, nz = phi.shape
-    inverse, reach = 1.0 / spacing, 2.4
-    scale = 1.0 / (reach * reach)
+    inverse = 1.0 / spacing
+    scale = 1.0 / (2.4 * 2.4)
     for p in range(x_N3.shape[0]):
+        wide = DISC if x_N3[p, 2] < LYING * spacing else 1.0
+        reach, thin = 2.4 * wide, 1.0 / wide
         gx = (x_N3[p, 0] - low_3[0]) * inverse
         gy = (x_N3[p, 1] - low_3[1]) * inverse
         gz = (x_N3[p, 2] - low_3[2]) * inverse
         for i in range(int(gx - reach) + 1, int(gx + reach) + 1):
-            dx = i - gx
+            dx = (i - gx) * thin
             for j in range(int(gy - reach) + 1, int(gy + reach) + 1):
-                dy = j - gy
+                dy = (j - gy) * thin
                 flat = 1.0 - (dx * dx + dy * dy) * scale
                 if flat <= 0:
                     continue
-                for k in range(int(gz - reach) + 1, int(gz + reach) + 1):
+                for k in range(int(gz - 2.4) + 1, int(gz + 2.4) + 1):
                     dz = k - gz
                     q = flat - dz * dz * scale
                     if q > 0:
