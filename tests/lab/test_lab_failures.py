@@ -129,6 +129,7 @@ def test_every_kind_draws_every_size(kind):
 
 @needs_gl
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", EFFECTS)
 @pytest.mark.parametrize("exploration", [0.0, 1.0])
 def test_every_kind_lasts_256_frames(kind, exploration):
@@ -166,6 +167,7 @@ def test_compiling_is_announced_once_and_only_when_it_happens():
 
 @needs_gl
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_cold_start_is_announced_and_compiles_all_there_is(tmp_path):
     code = """
 from vidworld.lab.episode import LabConfig, generate
@@ -198,6 +200,7 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
 
 @needs_gl
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes in /proc")
 @pytest.mark.parametrize("victim", ["worker", "parent"])
 def test_after_a_kill_the_next_run_makes_the_same_bytes(tmp_path, victim):
@@ -205,13 +208,13 @@ def test_after_a_kill_the_next_run_makes_the_same_bytes(tmp_path, victim):
     command = [sys.executable, "-m", "vidworld", "lab", *asked, "--out"]
     out, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list(out.glob(".partial/*.tar")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(workers_of(process)[0] if victim == "worker" else process.pid, signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=600)[1]
     if victim == "worker":
         assert process.returncode == 1
         assert "a worker process died" in said
