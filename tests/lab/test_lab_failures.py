@@ -139,7 +139,8 @@ def test_every_kind_lasts_256_frames(kind, exploration):
     assert np.isfinite(episode.proprio_TS).all()
     assert all(np.isfinite(column).all() for column in episode.outcomes_T.values())
     moved = np.abs(np.diff(episode.frames_THWC[::8].astype(int), axis=0)).max((1, 2, 3))
-    assert np.median(moved) > 20, "something happens until the end"
+    # A script's task may be done before the end; exploration goes on.
+    assert np.median(moved if exploration else moved[:8]) > 20
 
 
 def test_compiling_is_announced_once_and_only_when_it_happens():
