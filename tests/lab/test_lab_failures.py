@@ -210,7 +210,7 @@ def test_after_a_kill_the_next_run_makes_the_same_bytes(tmp_path, victim):
     out, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
-    while not list(out.glob(".partial/*.tar")):
+    while not list(out.glob(".partial/train-*.json")):  # written after its shard
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
