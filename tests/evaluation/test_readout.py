@@ -169,8 +169,8 @@ def test_training_ends_when_its_minutes_are_over(data, monkeypatch):
     monkeypatch.setattr("vidworld.evaluation.readout_training.time.perf_counter", lambda: next(clock))
     losses = []
     training = dataclasses.replace(TRAINING, steps=50, minutes=1.0)
-    train_readout(open_datasets(data[:1]), training, progress=losses.append)
-    assert len(losses) == 4
+    readout = train_readout(open_datasets(data[:1]), training, progress=losses.append)
+    assert len(losses) == readout.training["steps"] == 4
 
 
 def test_a_training_that_diverges_says_so(data):
@@ -300,7 +300,9 @@ def test_train_and_apply_from_the_command_line(data, saved, tmp_path, capsys):
     config.write_text("steps: 2\nrows: 2\nnet: {widths: [8, 8, 8]}\n")
     asked = ["readout", "train", *map(str, data), "--out", str(ruler), "--config", str(config)]
     assert cli.run([*asked, "--stride", "3"]) == 0
-    assert "liquid fill" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "liquid fill" in printed
+    assert "warning: too blunt to judge liquid by: fill" in printed, "two steps teach nothing"
     settings = json.loads((ruler / CARD).read_text())["training"]["settings"]
     assert (settings["steps"], settings["stride"], settings["net"]["widths"]) == (2, 3, [8, 8, 8])
     assert cli.run(asked) == 2
@@ -312,6 +314,7 @@ def test_train_and_apply_from_the_command_line(data, saved, tmp_path, capsys):
         assert arrays["liquid_mask"].shape == (FRAMES, SIZE, SIZE)
     assert record["errors"]["liquid"]["fill"]["mean"][0] < 0.2
     assert record["readout"]["held_out_errors"]["liquid"]["quantities"]["fill"]["unit"] == "1"
+    assert "fill" not in record["readout"]["too_blunt"]["liquid"]
     assert (out / f"{name}.png").stat().st_size > 1000
     assert (out / f"{name}-curves.png").stat().st_size > 1000
     capsys.readouterr()

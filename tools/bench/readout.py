@@ -83,7 +83,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
         rows,
         device=f"{cpu_name()}, CPU seconds",
         command=f"python tools/bench/readout.py {options.readout} --data "
-        + " ".join(str(path) for path in options.data),
+        + " ".join(str(path) for path in options.data)
+        + f" --stride {options.stride}",
         packages=("torch", "numpy"),
     )
     for name, (value, unit) in rows.items():

@@ -29,6 +29,7 @@ from vidworld.evaluation.lab_frames import open_datasets, scene, view_of
 from vidworld.evaluation.lab_truth import Truth, has_truth, kind_of, read_truth
 from vidworld.evaluation.quantities import subject_of
 from vidworld.evaluation.readout import CARD, Readout, load_readout, save_readout
+from vidworld.evaluation.readout_errors import blunt
 from vidworld.evaluation.readout_training import ReadoutTraining, train_readout
 from vidworld.files import require_local, url_of
 from vidworld.output import output_directory
@@ -128,7 +129,15 @@ def _train(arguments: Sequence[str], prog: str) -> None:
         (folder / CONFIG).write_text(to_yaml(options.training))
         digest = save_readout(readout, folder)
     print(table(readout))
+    _warn(readout, readout.kinds)
     print(f"{options.out}: readout {digest}; next: vidworld readout apply {options.out} DATA --out DIR")
+
+
+def _warn(readout: Readout, kinds: Sequence[str]) -> None:
+    """Say what this ruler should not be used for."""
+    for kind in kinds:
+        if names := blunt(readout.errors[kind]):
+            print(f"warning: too blunt to judge {kind} by: {', '.join(names)}")
 
 
 def table(readout: Readout) -> str:
@@ -164,10 +173,12 @@ def _apply(arguments: Sequence[str], prog: str) -> None:
             "path": str(options.readout),
             "digest": json.loads((options.readout / CARD).read_text())["digest"],
             "held_out_errors": {kind: readout.errors[kind] for kind in record["kinds"]},
+            "too_blunt": {kind: blunt(readout.errors[kind]) for kind in record["kinds"]},
         }
         record["command"] = [prog, *arguments]
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     print(f"{options.out}: {len(record['clips'])} clips of {', '.join(record['kinds'])}")
+    _warn(readout, record["kinds"])
     for kind, errors in record["errors"].items():
         for name, row in errors.items():
             if name != "horizons":

@@ -4,6 +4,7 @@ Shapes: N pictures, M masks, Q quantities, H W pixels.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from vidworld.evaluation.lab_frames import LabFrames
 from vidworld.evaluation.quantities import LEAST_PIXELS, SUBJECTS, Subject
 from vidworld.evaluation.readout import PICTURES_AT_ONCE, Readout, decode_numbers
 
+LEAST_R2, LEAST_IOU = 0.7, 0.6
+"""What is read worse than this on true frames is too blunt to judge imagined ones by."""
 LEAST_SPREAD = 1e-4
 """Of a quantity that varies less than this, no share of the spread is explained."""
 
@@ -69,6 +72,24 @@ def measure(readout: Readout, frames: LabFrames) -> dict[str, Any]:
     if subject.distances:
         found["distances"] = _distances(read_NQ, frames, subject)
     return found
+
+
+def blunt(errors: Mapping[str, Any]) -> list[str]:
+    """Quantities and masks of one kind's `measure` that are read too badly, or never vary there.
+
+    Those of things that the held-out episodes never show are left out.
+    """
+    numbers = [
+        name
+        for name, found in errors["quantities"].items()
+        if found["frames"] and (found["r2"] is None or found["r2"] < LEAST_R2)
+    ]
+    masks = [
+        f"{name} mask"
+        for name, found in errors["masks"].items()
+        if found["iou"] is not None and found["iou"] < LEAST_IOU
+    ]
+    return numbers + masks
 
 
 def _mean_value(readout: Readout, kind: str, place: int) -> float:

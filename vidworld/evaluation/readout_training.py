@@ -104,7 +104,7 @@ def train_readout(
     net = ReadoutNet(training.net, {kind: SUBJECTS[kind] for kind in known})
     net = net.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scales = {kind: _scale(frames) for kind, frames in known.items()}
-    averaged = _fit(net, known, scales, training, torch.device(device), progress)
+    averaged, steps = _fit(net, known, scales, training, torch.device(device), progress)
     with torch.no_grad():
         for parameter in averaged.parameters():
             # As it is stored, so that what is measured now is what is loaded later.
@@ -115,6 +115,7 @@ def train_readout(
         "held_out_episodes": {kind: len(np.unique(frames.first_N)) for kind, frames in unseen.items()},
         "frames": {kind: len(frames) for kind, frames in known.items()},
         "settings": to_mapping(training),
+        "steps": steps,
         "seconds": round(time.perf_counter() - began, 1),
         "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -138,8 +139,8 @@ def _fit(
     training: ReadoutTraining,
     device: torch.device,
     progress: Callable[[float], object] | None,
-) -> ReadoutNet:
-    """Train a network in place and return the average of its weights."""
+) -> tuple[ReadoutNet, int]:
+    """Train a network in place; returns the average of its weights, and the steps that were taken."""
     averaged = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         net.parameters(), training.lr, weight_decay=training.weight_decay, fused=True
@@ -149,7 +150,8 @@ def _fit(
     bf16 = training.precision == "bf16" or (training.precision == "auto" and device.type == "cuda")
     feeds = {kind: _endless(order, len(frames), training.rows) for kind, frames in known.items()}
     began, minutes = time.perf_counter(), training.minutes or math.inf
-    for step in range(training.steps):
+    step = 0
+    while step < training.steps:
         done = max(step / training.steps, (time.perf_counter() - began) / 60 / minutes)
         if done >= 1:
             break
@@ -178,13 +180,14 @@ def _fit(
         with torch.no_grad():
             for mean, now in zip(averaged.parameters(), net.parameters(), strict=True):
                 mean.lerp_(now, 1 - decay)
-        if step % 50 == 49 and not torch.isfinite(loss):
-            raise DivergedError(f"the loss of the readout is not finite at step {step + 1}: lower --lr")
+        step += 1
+        if step % 50 == 0 and not torch.isfinite(loss):
+            raise DivergedError(f"the loss of the readout is not finite at step {step}: lower --lr")
         if progress is not None:
-            progress(float(loss.detach()) if step % 10 == 9 else math.nan)
+            progress(float(loss.detach()) if step % 10 == 0 else math.nan)
     if not all(parameter.isfinite().all() for parameter in averaged.parameters()):
         raise DivergedError("the readout's weights are not finite: lower --lr")
-    return averaged
+    return averaged, step
 
 
 def loss_of(
