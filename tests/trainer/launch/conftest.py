@@ -1,5 +1,6 @@
 """Settings of a toy run, a launcher in a process of its own, and hosts that are network namespaces."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ODD = "run; $(touch pwned) $$x ${local_rank} %h \"q\" 's'"
@@ -70,7 +72,7 @@ def vidworld(environment: dict[str, str], tmp_path: Path) -> Launcher:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=1200,
         )
         assert not (tmp_path / "pwned").exists(), "an argument was read by a shell"
         return Ended(done.returncode, done.stdout + done.stderr)
@@ -151,19 +153,36 @@ def faulty(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def distance() -> Callable[[Path, Path], float]:
+def require_same() -> Callable[[Path, Path, Path], None]:
+    """Assert that a run is another one up to rounding, in the measure of a third with another seed.
+
+    The first step's losses and gradient norm agree to 1e-5. Later AdamW turns the rounding of gradients near
+    zero into steps of full size: the weights at the end lie within 1 % of the distance to the other seed.
+    """
+
+    def require(run: Path, one: Path, other: Path) -> None:
+        mine, same, different = (_first_row(each) for each in (run, one, other))
+        for name in ("loss", "latent", "grad_norm"):
+            assert mine[name] == pytest.approx(same[name], rel=1e-5), name
+            assert mine[name] != pytest.approx(different[name], rel=1e-3), name
+        assert _distance(run, one) < 1e-2 * _distance(run, other)
+
+    return require
+
+
+def _first_row(run: Path) -> dict[str, float]:
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["step"] == 1
+    return row
+
+
+def _distance(one: Path, other: Path) -> float:
     """Euclidean distance of the weights of two runs' newest checkpoints."""
-
-    def measure(one: Path, other: Path) -> float:
-        from safetensors.torch import load_file
-
-        first, second = (
-            load_file(
-                run / "checkpoints" / (run / "checkpoints/latest").read_text().strip() / "model.safetensors"
-            )
-            for run in (one, other)
+    first, second = (
+        load_file(
+            run / "checkpoints" / (run / "checkpoints/latest").read_text().strip() / "model.safetensors"
         )
-        assert first.keys() == second.keys()
-        return sum((first[name] - second[name]).double().square().sum().item() for name in first) ** 0.5
-
-    return measure
+        for run in (one, other)
+    )
+    assert first.keys() == second.keys()
+    return sum((first[name] - second[name]).double().square().sum().item() for name in first) ** 0.5

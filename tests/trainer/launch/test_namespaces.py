@@ -25,6 +25,8 @@ def launch(vidworld: Callable, namespaces, toy_config: Path, tmp_path: Path) -> 
     def run(nodes: int, *arguments: object, slots: int = 1, rsh: str | None = None, **more: str):
         hostfile = namespaces.hostfile(tmp_path, nodes, slots)
         flags = ("--nodes", nodes, "--hostfile", hostfile, "--rsh", rsh or namespaces.rsh, "--cpu")
+        if "--preflight-s" not in arguments:  # hosts that share a busy machine
+            flags = (*flags, "--preflight-s", 240)
         return vidworld("launch", toy_config, *flags, *arguments, **more)
 
     return run
@@ -51,7 +53,7 @@ def test_hosts_train_what_one_process_trains(
     alone: Callable,
     tmp_path: Path,
     odd: str,
-    distance: Callable,
+    require_same: Callable,
     launcher: str,
     nodes: int,
     namespaces,
@@ -67,7 +69,7 @@ def test_hosts_train_what_one_process_trains(
         assert (logs / f"{name}-rank-{rank}.log").is_file()
         assert f"\n{name} " in ended.said, "a row of the table"
     one, other = alone(nodes)
-    assert distance(run, one) < 1e-3 * distance(run, other)
+    require_same(run, one, other)
 
 
 def test_faults_of_hosts_are_found_before_anything_starts(
@@ -76,7 +78,7 @@ def test_faults_of_hosts_are_found_before_anything_starts(
     """A host that is missing, one with other code, and one whose port is taken."""
     missing = launch(2, "--out", "run", rsh="ip netns exec {host}-gone")
     assert missing.code == 2
-    assert missing.said.count("cannot be reached (exit code 1: Cannot open network namespace") == 2
+    assert missing.said.count("Cannot open network namespace") == 2, missing.said
     first, second = namespaces.names[:2]
 
     other = tmp_path / "other"
@@ -125,7 +127,7 @@ def test_hosts_that_do_not_reach_each_other(launch: Callable, namespaces, tmp_pa
 
 
 def test_a_rank_that_is_killed_costs_no_step(
-    launch: Callable, alone: Callable, tmp_path: Path, distance: Callable
+    launch: Callable, alone: Callable, tmp_path: Path, require_same: Callable
 ) -> None:
     run, steps = tmp_path / "run", ("--loop.steps", 60, "--loop.save-every", 10)
     killed = []
@@ -147,7 +149,7 @@ def test_a_rank_that_is_killed_costs_no_step(
     assert "starts again from step 10" in ended.said or "starts again from step" in ended.said
     assert "goes on from step" in next((run / "logs" / "0002").glob("*-rank-0.log")).read_text()
     one, other = alone(2, *steps)
-    assert distance(run, one) < 1e-2 * distance(run, other)
+    require_same(run, one, other)
 
 
 def test_a_network_that_comes_back(launch: Callable, namespaces, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_hosts_that_start_by_themselves(
     environment: dict[str, str],
     tmp_path: Path,
     alone: Callable,
-    distance: Callable,
+    require_same: Callable,
 ) -> None:
     """As pods do: the same command on every host, and nobody who reaches them."""
     run = tmp_path / "run"
@@ -216,7 +218,7 @@ def test_hosts_that_start_by_themselves(
     names = sorted(path.name for path in (run / "logs" / "0001").glob("*-rank-*.log"))
     assert names == [f"{socket.gethostname()}-{rank}-rank-{rank}.log" for rank in range(2)]
     one, other = alone(2)
-    assert distance(run, one) < 1e-3 * distance(run, other)
+    require_same(run, one, other)
 
 
 def test_hosts_with_different_configs_all_refuse(
