@@ -21,7 +21,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidworld needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
 
-# Headless OpenGL for the lab: installed here as root on Debian, asked for elsewhere, and never a failure.
+# Headless OpenGL for the lab: installed as root on Debian, asked for elsewhere, and never a failure.
 HEADLESS_GL = ldconfig -p 2>/dev/null | grep -q libOSMesa || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
 	timeout 60 apt-get -qq update && timeout 120 apt-get -qq install -y libosmesa6; } || echo "no OSMesa: the lab needs it or EGL (apt-get install libosmesa6)"
 
@@ -31,9 +31,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@$(HEADLESS_GL)
 	@touch $@ $(READY)
 
-# What training needs, without the tools of development.
+# What the demo needs, without the tools of development.
 $(READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e ".[train]"
+	$(PIP) -e ".[train,lab]"
+	@$(HEADLESS_GL)
 	@touch $@
 
 demo: $(READY)

@@ -5,19 +5,55 @@ import json
 import pytest
 
 import vidworld
-from vidworld import cli
+from vidworld import cli, demo
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.lab.planar import PlanarConfig, PlanarSource
 from vidworld.world.world import WorldModel
 
+pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
+
+from vidworld.lab import gl
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that the demo asks for, which are not run."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(demo, "run_command", asked.append)
+    return asked
+
+
+def test_the_lab_makes_the_data_where_it_can_draw(tmp_path, monkeypatch, commands):
+    monkeypatch.setattr(demo, "_no_lab", lambda: None)
+    made = demo._dataset(demo.DemoOptions(out=tmp_path, episodes=7))
+    assert made == tmp_path / "data"
+    assert [words[0] for words in commands] == ["lab", "inspect"]
+    assert {"--episodes", "7", "one"} <= set(commands[0])
+
+
+def test_without_opengl_the_episodes_that_come_along_serve(tmp_path, monkeypatch, commands, capsys):
+    monkeypatch.setattr("vidworld.lab.gl.available", list)
+    gl.offscreen.cache_clear()
+    assert demo._dataset(demo.DemoOptions(out=tmp_path)) == demo.SAMPLE
+    assert [words[0] for words in commands] == ["inspect"]
+    printed = capsys.readouterr().out
+    assert gl.INSTALL in printed
+    assert str(demo.SAMPLE) in printed
+
+
+def test_your_own_shards_are_taken_as_they_are(commands):
+    assert demo._dataset(demo.DemoOptions(data=demo.SAMPLE)) == demo.SAMPLE
+    assert commands == []
+
 
 @pytest.mark.slow
-def test_demo_runs_end_to_end(tmp_path, capsys):
+def test_demo_runs_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "_no_lab", lambda: "no headless OpenGL")
     out = tmp_path / "demo"
-    small = ["--episodes", "12", "--tokenizer-minutes", "0.1", "--world-minutes", "0.2", "--frames", "8"]
+    small = ["--tokenizer-minutes", "0.1", "--world-minutes", "0.2", "--frames", "8"]
     assert cli.run(["demo", "--out", str(out), *small]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("$ vidworld") == 7
+    assert printed.count("$ vidworld") == 6
     assert "report.html" in printed
     record = json.loads((out / "demo.json").read_text())
     assert record["state"] == "done"

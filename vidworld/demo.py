@@ -1,7 +1,7 @@
 """`vidworld demo`: logs to shards to tokenizer to world model to rollouts to a report, on a laptop's CPU.
 
-`vidworld lab planar` writes the demo's simulated robot logs as shards. Both only call what the other commands
-call, with settings that fit two cores and a few minutes.
+The robot logs are made by the lab where it can draw, and are a small set that comes with vidworld where it
+cannot. This only calls what the other commands call, with settings that fit two cores and a few minutes.
 """
 
 import json
@@ -18,9 +18,14 @@ import yaml
 from vidworld.cli import run_command
 from vidworld.config import parse
 from vidworld.data.manifest import Manifest
-from vidworld.errors import ConfigError, DataError
+from vidworld.errors import ConfigError, DataError, UserError
 
 CONTEXT = 4
+SIZE = 64
+LAB = ("--size", SIZE, "--variety", "one", "--exploration", 0.6, "--no-masks")
+"""One camera and light, and much motion: what minutes on a CPU suffice for."""
+SAMPLE = Path(__file__).parent / "lab" / "sample"
+"""Episodes of the lab that come with vidworld; see datasets/lab_sample.md."""
 MARK = "demo.json"
 """Written first, so that `--overwrite` only ever empties a directory that a demo made."""
 
@@ -32,13 +37,13 @@ class DemoOptions:
     out: Path = Path("outputs/demo")
     """Directory of everything that is made."""
     data: Path | None = None
-    """Your own logs, of any format that `vidworld shard` reads, or shards; default: a simulated robot."""
-    size: str = "64x64"
+    """Your own logs, of any format that `vidworld shard` reads, or shards; default: the lab's robot."""
+    size: str = f"{SIZE}x{SIZE}"
     """WIDTHxHEIGHT that your logs are converted to."""
     episodes: int = 240
     """Simulated episodes, or the most that are taken from your logs."""
     tokenizer_minutes: float = 1.6
-    world_minutes: float = 6.0
+    world_minutes: float = 5.7
     frames: int = 24
     """Frames that are imagined after a context of 4."""
     seed: int = 0
@@ -101,10 +106,16 @@ def _claim(options: DemoOptions) -> None:
 
 
 def _dataset(options: DemoOptions) -> Path:
-    """Shards of the simulated robot, or of the user's logs."""
+    """Shards of the lab's robot, or of the user's logs."""
     if options.data is None:
-        made = options.out / "data"
-        _do("lab", "planar", "--episodes", options.episodes, "--seed", options.seed, "--out", made)
+        reason = _no_lab()
+        if reason:
+            print(f"{reason}\nUntil then, the episodes that come with vidworld serve: {SAMPLE}", flush=True)
+            made = SAMPLE
+        else:
+            made = options.out / "data"
+            asked = ("--episodes", options.episodes, *LAB, "--seed", options.seed)
+            _do("lab", "rigid", *asked, "--out", made)
     elif (options.data / "manifest.json").exists():
         return options.data
     else:
@@ -113,6 +124,17 @@ def _dataset(options: DemoOptions) -> Path:
         _do("shard", options.data, "--size", options.size, *limit, "--out", made)
     _do("inspect", made)
     return made
+
+
+def _no_lab() -> str | None:
+    """Why the lab cannot make episodes here, and what would help; None where it can."""
+    try:
+        from vidworld.lab.gl import offscreen
+
+        offscreen(2 * SIZE)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _write_configs(options: DemoOptions, data: Path) -> None:
@@ -175,6 +197,7 @@ def _finish(options: DemoOptions, metrics: Mapping[str, Any], minutes: float) ->
         f"  clips    {options.out / 'rollout' / 'grid.mp4'}, {options.out / 'sweep' / 'grid.mp4'}\n"
         "Next:\n"
         "  make demo DATA=<your logs>                    the same on your robot\n"
+        "  vidworld lab smoke --out data/smoke           more to learn: smoke, paint, liquids; docs/lab.md\n"
         f"  vidworld train {options.out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
         f"  vidworld.load('{options.out / 'world'}') in Python: see docs/simulator.md"
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vidworld import cli
+from vidworld.data.shards import ShardDataset
 from vidworld.lab_command import kinds_known
 
 pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
@@ -49,6 +50,10 @@ def test_the_truth_travels_in_the_outcome(tmp_path):
     assert masks["arm"].shape == (6, 64, 64)
     assert np.mean(masks["arm"]) > 0.02
     assert meta["source"]["versions"]["mujoco"]
+    without = ["--no-masks", "--out", str(tmp_path / "without")]
+    assert cli.run(["lab", "rigid", *SMALL, "--workers", "1", *without]) == 0
+    key = name.removesuffix(".meta.json")
+    assert "masks" not in ShardDataset.open(tmp_path / "without").meta(key)["outcome"]
 
 
 @needs_gl

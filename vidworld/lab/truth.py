@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def truth_of(episode: "LabEpisode") -> dict[str, Any]:
-    """Hidden values, readouts (rounded to 1e-5) and packed masks of an episode."""
-    return {
+    """Hidden values, readouts (rounded to 1e-5) and packed masks, where it has any, of an episode."""
+    truth: dict[str, Any] = {
         "hidden": dict(episode.hidden),
         "readouts": {
             name: [round(float(value), 5) for value in column_T]
             for name, column_T in episode.outcomes_T.items()
         },
-        "masks": {name: pack_mask(mask_THW) for name, mask_THW in episode.masks_THW.items()},
     }
+    if episode.config.masks:
+        truth["masks"] = {name: pack_mask(mask_THW) for name, mask_THW in episode.masks_THW.items()}
+    return truth
 
 
 def pack_mask(mask_THW: np.ndarray) -> dict[str, Any]:
