@@ -22,8 +22,8 @@ from vidworld.errors import ConfigError, DataError, UserError
 
 CONTEXT = 4
 SIZE = 64
-LAB = ("--size", SIZE, "--variety", "one", "--exploration", 0.6, "--no-masks")
-"""One camera and light, and much motion: what minutes on a CPU suffice for."""
+LAB = ("--size", SIZE, "--variety", "one", "--exploration", 1, "--no-masks")
+"""One camera and light, and an arm that never rests: what minutes on a CPU suffice for."""
 SAMPLE = Path(__file__).parent / "lab" / "sample"
 """Episodes of the lab that come with vidworld; see datasets/lab_sample.md."""
 MARK = "demo.json"
