@@ -8,7 +8,8 @@ from vidworld.trainer.plan.hardware import Gpu
 # Share of a link's data sheet that collectives of many megabytes reach, and the time of one hop.
 LINK_SHARE = 0.75
 HOP_S = 15e-6
-# Share of the backward pass behind which DDP and FSDP2 hide what they send; DeepSpeed's ZeRO is told not to.
+# Share of computing behind which DDP (backward pass) and FSDP2 (all passes) hide what they send; DeepSpeed's
+# ZeRO is told not to.
 OVERLAP = 0.9
 BUCKET_BYTES = 25 * 2**20
 
@@ -87,8 +88,8 @@ def communication(
     }
 
 
-def exposed(strategy: Strategy, sent: dict[str, float], backward_s: float) -> float:
-    """Seconds of communication that nothing hides."""
+def exposed(strategy: Strategy, sent: dict[str, float], compute_s: float) -> float:
+    """Seconds of communication that computing for `compute_s` at the same time does not hide."""
     if strategy.deepspeed:
         return sum(sent.values())
-    return max(0.0, sum(sent.values()) - OVERLAP * backward_s)
+    return max(0.0, sum(sent.values()) - OVERLAP * compute_s)

@@ -168,8 +168,11 @@ def estimate(subject: Subject, cluster: Cluster, layout: Layout) -> Estimate:
     )
     if layout.sequence_parallel > 1:
         sent["frames to tokens"] = _switches(subject, cluster, layout)
-    backward = 2 / 3 * sum(parts[name] for name in ("products", "attention", "elementwise"))
-    hidden_by = backward / layout.accumulation
+    passed = sum(parts[name] for name in ("products", "attention", "elementwise"))
+    if strategy.shards_weights:  # weights are gathered ahead in every pass of every micro-batch
+        hidden_by = passed + parts["forward again"]
+    else:  # gradients are sent in the last micro-batch's backward pass
+        hidden_by = 2 / 3 * passed / layout.accumulation
     apart = sent.pop("frames to tokens", 0.0)
     parts["communication"] = exposed(strategy, sent, hidden_by) + apart
     if apart:

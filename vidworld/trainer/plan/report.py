@@ -124,7 +124,8 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"{100 * sizes.FRAGMENTATION:.0f} % of all else",
         f"collectives reach {share:.0f} % of the slowest link that they cross, and take {hop:.0f} us a hop; "
         "gradients and weights travel as float32",
-        f"ddp and fsdp2 hide what they send behind {hidden:.0f} % of the backward pass, DeepSpeed nothing",
+        f"ddp hides what it sends behind {hidden:.0f} % of the backward pass, fsdp2 behind that of all "
+        "passes, DeepSpeed nothing",
         f"AdamW moves {counts.ADAMW_BYTES} bytes a weight; Muon {counts.MUON_BYTES}, and does Newton-Schulz",
         "the bootstrap's forward passes are in every step, as after its beginning",
         "no time for data, logs, validation, checkpoints, compilation, stragglers and faults",
