@@ -80,6 +80,10 @@ def check_runs(alone: Path, out: Path, said: str) -> None:
     lines = (out / "poison" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["skipped"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
     assert all(torch.isfinite(tensor).all() for tensor in final(out / "poison").values())
+    for rank in range(2):
+        digests = [line.split() for line in (out / "poison" / f"digests-{rank}.txt").read_text().splitlines()]
+        untouched = [int(step) for step, before, after in digests if before == after]
+        assert untouched == [4], "weights and moments of every rank, at the step of the bad gradient alone"
 
 
 def test_ddp_on_two_ranks(alone: Path, tmp_path: Path) -> None:

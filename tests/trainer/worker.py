@@ -1,10 +1,13 @@
 """One rank of distributed toy runs: torchrun worker.py STRATEGY OUT SCENARIO..."""
 
 import dataclasses
+import errno
+import hashlib
 import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +15,10 @@ from typing import Any
 
 import torch
 
-from vidworld.errors import PreemptedError
+from vidworld.errors import PreemptedError, VidworldError
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import EngineConfig, build_engine
+from vidworld.trainer.heartbeat import Heartbeat
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Loop
 from vidworld.trainer.loop_config import LoopConfig
@@ -24,6 +28,8 @@ from vidworld.types import Batch
 # Micro-batches of a step over all ranks: the same clips and noise on 1, 2 and 4 of them.
 PARTS = 4
 STOP_STEP = 3
+FAULTS = ("kill", "freeze", "preempt", "disk")
+SILENT_S = 8.0
 POISONED_STEP = 4
 
 
@@ -77,6 +83,65 @@ def loop_of(strategy: str, run: Path, scenario: str, accumulation: int, **settin
     return loop
 
 
+def digest(loop: Loop) -> str:
+    """Of this rank's weights and moments."""
+    found = hashlib.sha256()
+    moments, _ = loop.engine.optimizer_state()
+    for tensor in (*(values for _, values in loop.engine.weights()), *moments.values()):
+        found.update(tensor.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def watch_digests(loop: Loop, run: Path) -> None:
+    """Note what weights and moments are before and after each step."""
+    plain = loop.step
+
+    def watched(micro_batches: Any) -> None:
+        step, before = loop.clock.step, digest(loop)
+        plain(micro_batches)
+        with (run / f"digests-{loop.engine.rank}.txt").open("a") as file:
+            file.write(f"{step} {before} {digest(loop)}\n")
+
+    loop.step = watched  # type: ignore[method-assign]
+
+
+def fault(strategy: str, run: Path, scenario: str) -> None:
+    """A run in which something happens to the last rank; every rank leaves with the exit code it should."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    is_last = rank == world_size - 1
+    run.mkdir(exist_ok=True, parents=True)
+    try:
+        with Heartbeat(run, rank=rank, world_size=world_size, silent_s=SILENT_S) as heart:
+            settings = {"steps": 10_000, "save_every": 2, "save_in_background": scenario == "disk"}
+            loop = loop_of(strategy, run, scenario, PARTS // world_size, **settings)
+            loop.heart = heart
+            plain = loop.step
+
+            def step(micro_batches: Any) -> None:
+                if is_last and loop.clock.step == STOP_STEP:
+                    match scenario:
+                        case "kill":
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        case "freeze":
+                            heart.beat()  # so that the others have heard of it, however slow the machine
+                            time.sleep(2 * SILENT_S / 8)
+                            os.kill(os.getpid(), signal.SIGSTOP)
+                        case "preempt":
+                            os.kill(os.getpid(), signal.SIGTERM)
+                plain(micro_batches)
+
+            def full_disk(point: str) -> None:
+                if is_last and scenario == "disk" and point == "optimizer" and loop.store.names():
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+            loop.step = step  # type: ignore[method-assign]
+            loop.saving.writer.reached = full_disk
+            loop.fit()
+    except VidworldError as error:
+        print(f"vidworld: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 def train(strategy: str, run: Path, scenario: str) -> None:
     """Ten steps, or what is left of them after the run's checkpoint."""
     accumulation = PARTS // int(os.environ["WORLD_SIZE"])
@@ -85,6 +150,8 @@ def train(strategy: str, run: Path, scenario: str) -> None:
         # Saves as it stands before it trains, so that what was loaded can be compared with what was saved.
         until = int(scenario.removeprefix("until"))
     loop = loop_of(strategy, run, scenario, accumulation)
+    if scenario == "poison":
+        watch_digests(loop, run)
     with loop.log:
         if until is not None:
             loop.saving.saved_step = -1
@@ -106,6 +173,9 @@ def train(strategy: str, run: Path, scenario: str) -> None:
 
 def main() -> None:
     strategy, out, *scenarios = sys.argv[1:]
+    if scenarios[0] in FAULTS:
+        fault(strategy, Path(out), scenarios[0])
+        return
     for scenario in scenarios:
         run = {"stop": "parts", "resume": "parts"}.get(scenario, scenario)
         train(strategy, Path(out) / ("elastic" if scenario.startswith("until") else run), scenario)

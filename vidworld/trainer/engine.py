@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from vidworld.errors import CheckpointError, ConfigError, require
+from vidworld.errors import CheckpointError, ConfigError, VidworldError, require
 from vidworld.trainer.optim import OptimConfig, build_optimizers, set_rates
 from vidworld.trainer.pieces import Held, Piece, StoredPieces, stored_name
 
@@ -147,8 +147,9 @@ class PlainEngine:
     ) -> None:
         accelerate = require("accelerate", "train")
         ddp = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = accelerate.Accelerator(
-            cpu=not has_accelerator(), kwargs_handlers=[ddp, *process_group(accelerate)]
+        handlers = [ddp, *process_group(accelerate)]
+        self.accelerator = joined(
+            lambda: accelerate.Accelerator(cpu=not has_accelerator(), kwargs_handlers=handlers)
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -271,6 +272,22 @@ def refuse_unknown(stored: StoredPieces, known: set[str], where: object) -> None
             got=", ".join(left[:4]),
             fix="resume with the optimizer that the run began with",
         )
+
+
+class RendezvousError(VidworldError):
+    """The ranks of a run did not find each other."""
+
+
+def joined(make: Callable[[], Any]) -> Any:
+    """Make an Accelerator, which joins the process group; raises RendezvousError when that fails."""
+    try:
+        return make()
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RendezvousError(
+            f"rank {os.environ.get('RANK')} cannot meet the others at {where}: {str(error).splitlines()[0]} "
+            "If another program has the port, start with another MASTER_PORT (torchrun: --master-port)"
+        ) from error
 
 
 def process_group(accelerate: Any) -> list[Any]:

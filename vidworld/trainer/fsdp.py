@@ -12,6 +12,7 @@ from vidworld.trainer.engine import (
     PlainEngine,
     autocast_of,
     has_accelerator,
+    joined,
     process_group,
 )
 from vidworld.trainer.optim import OptimConfig, build_optimizers
@@ -38,8 +39,9 @@ class FsdpEngine(PlainEngine):
                 fix="start it with: torchrun --nproc-per-node N training/train.py CONFIG",
             )
         accelerate = require("accelerate", "train")
-        self.accelerator = accelerate.Accelerator(
-            cpu=not has_accelerator(), kwargs_handlers=process_group(accelerate)
+        handlers = process_group(accelerate)
+        self.accelerator = joined(
+            lambda: accelerate.Accelerator(cpu=not has_accelerator(), kwargs_handlers=handlers)
         )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -48,5 +48,4 @@ class SpikeWatch:
                 f"the loss jumped again after {MOST_REWINDS} rewinds to step {step}, past other batches each "
                 "time: it is not the data. Lower optim.lr, or raise loop.spike_factor if they do no harm"
             )
-        self._losses.clear()
         self.good_step = step

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vidworld.errors import ConfigError, require
 from vidworld.trainer.engine import (
     EngineConfig,
+    joined,
     named_moments,
     process_group,
     read_moments,
@@ -44,10 +45,12 @@ class ZeroEngine:
             hf_ds_config=deepspeed_config(config, optim, micro_batch_size=micro_batch_size, bf16=bf16)
         )
         # Not cpu=True: with it accelerate quietly leaves DeepSpeed out.
-        self.accelerator = accelerate.Accelerator(
-            deepspeed_plugin=plugin,
-            gradient_accumulation_steps=config.accumulation,
-            kwargs_handlers=process_group(accelerate),
+        self.accelerator = joined(
+            lambda: accelerate.Accelerator(
+                deepspeed_plugin=plugin,
+                gradient_accumulation_steps=config.accumulation,
+                kwargs_handlers=process_group(accelerate),
+            )
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
