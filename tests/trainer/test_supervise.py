@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vidworld.config import to_yaml
+from vidworld.errors import ConfigError
 from vidworld.trainer import heartbeat
-from vidworld.trainer.checkpoint import newest_step
-from vidworld.trainer.supervise import CrashLoopError, StoppedError, supervise
+from vidworld.trainer.checkpoint import CheckpointStore, newest_step
+from vidworld.trainer.supervise import CrashLoopError, StoppedError, supervise, supervise_command
 
 
 class Ended:
@@ -149,3 +152,69 @@ def test_the_newest_step_by_name(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000099").touch()
     assert newest_step(tmp_path) == 30
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = CheckpointStore(run / "checkpoints").newest()
+    assert saved is not None
+    assert saved.step == 40
+    return saved.tensors("model") | saved.tensors("optimizer-0")
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_without_a_person(planar: Path, tmp_path: Path, settings: Any) -> None:
+    """`vidworld train --max-restarts`, killed twice: the weights of the run that nobody killed."""
+    loop = {"steps": 40, "log_every": 2, "save_every": 4, "keep": 2}
+    config = tmp_path / "tokenizer.yaml"
+    config.write_text(to_yaml(settings.tokenizer(planar, loop=loop)))
+    command = [sys.executable, "-m", "vidworld", "train", str(config)]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    subprocess.run([*command, "--out", str(calm)], check=True, capture_output=True)
+    supervisor = subprocess.Popen(
+        [*command, "--out", str(killed), "--max-restarts", "5"], stderr=subprocess.PIPE, text=True
+    )
+    victims: set[int] = set()
+    for step in (8, 24):
+        while newest_step(killed / "checkpoints") < step:
+            assert supervisor.poll() is None
+            time.sleep(0.01)
+        beat = heartbeat.read(heartbeat.path_of(killed, 0))
+        assert beat is not None
+        victims.add(beat.pid)
+        os.kill(beat.pid, signal.SIGKILL)
+    _, said = supervisor.communicate(timeout=280)
+    assert supervisor.returncode == 0, said[-3000:]
+    assert len(victims) == 2
+    assert said.count("was killed by SIGKILL; starts again from step") == 2
+    one, other = weights(calm), weights(killed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_command_that_always_dies_is_given_up(planar: Path, tmp_path: Path, settings: Any) -> None:
+    """A child that dies of a wrong import, whatever the supervisor does."""
+    config = tmp_path / "tokenizer.yaml"
+    config.write_text(to_yaml(settings.tokenizer(planar)))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "accelerate.py").write_text("raise RuntimeError('broken package')")
+    done = subprocess.run(
+        [sys.executable, "-m", "vidworld", "train", str(config), "--out", str(tmp_path / "run")]
+        + ["--max-restarts", "9"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'broken'}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("broken package") == 4, "the start and three more"
+    last = done.stderr.strip().splitlines()[-1]
+    assert "given up after 3 restarts without progress from the beginning" in last
+
+
+def test_restarts_under_a_launcher_and_below_zero_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"--max-restarts: got -1"):
+        supervise_command(["a.yaml"], tmp_path, -1)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="give it to the launcher"):
+        supervise_command(["a.yaml"], tmp_path, 3)

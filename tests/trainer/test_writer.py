@@ -217,3 +217,24 @@ def test_the_log_says_what_saving_cost(make_loop: Callable[..., Loop]) -> None:
     loop.fit()
     rows = [json.loads(line) for line in loop.log.path.read_text().splitlines()]
     assert all(0 <= row["save_share"] <= 1 for row in rows)
+
+
+@pytest.mark.gpu
+def test_copies_from_a_gpu_are_of_the_moment(tmp_path: Path) -> None:
+    """The training changes the weights at once, after the fence; the file holds what they were."""
+    device = torch.device("cuda")
+    weights = {name: torch.full((4096, 4096), float(n), device=device) for n, name in enumerate("abcd")}
+    writer = Writer(CheckpointStore(tmp_path), device)
+    for step in (1, 2):  # the second save uses the buffers of the first again
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        writer.submit(Snapshot(step, weights, weights, weights, {}, {}))
+        writer.fence()
+        for tensor in weights.values():
+            tensor.add_(10.0)
+        writer.wait()
+        saved = writer.store.newest()
+        assert saved is not None
+        for kind in ("model", "ema", "optimizer-0"):
+            found = saved.tensors(kind)
+            assert all(torch.equal(found[name], before[name].cpu()) for name in before)
+            assert not any(torch.equal(found[name], weights[name].cpu()) for name in before)

@@ -12,12 +12,12 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,15 +27,14 @@ from table import add_rows, cpu_name
 
 from vidworld.config import from_mapping, parse, to_yaml
 from vidworld.data.convert import ConvertOptions, convert
-from vidworld.errors import UserError
+from vidworld.errors import UserError, VidworldError
 from vidworld.lab.planar import PlanarConfig, PlanarSource
 from vidworld.trainer import heartbeat
 from vidworld.trainer.checkpoint import CheckpointStore, newest_step
-from vidworld.trainer.config import TokenizerTraining, WorldTraining
+from vidworld.trainer.config import TokenizerTraining, WorldTraining, read_training
 from vidworld.trainer.supervise import supervise
 from vidworld.trainer.train import train
 
-SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 GRACE_S = 60.0
 
 
@@ -59,41 +58,81 @@ class Options:
 
 
 class Ranks:
-    """The processes of one start; it has ended when all have."""
+    """The processes of one start; it has ended when all have.
 
-    def __init__(self, count: int, arguments: Sequence[str], output: Path) -> None:
+    They are forked from this one, which has imported everything and done nothing with it: so a start costs no
+    imports, and a soak of many starts minutes.
+    """
+
+    def __init__(self, count: int, config: Path, run: Path, output: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": str(count)}
-        self.processes = []
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with output.open("a") as file:
-                command = [sys.executable, str(SCRIPT), *arguments]
-                environment = os.environ | shared | own
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-                )
+        self.codes: list[int | None] = [None] * count
+        self.children = [
+            forked(
+                lambda: train(read_training(config), run, resume=True, progress_bar=False),
+                output,
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            )
+            for rank in range(count)
+        ]
+
+    def ended(self, rank: int) -> bool:
+        """Whether a rank has ended."""
+        if self.codes[rank] is None:
+            child, status = os.waitpid(self.children[rank], os.WNOHANG)
+            if child:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return self.codes[rank] is not None
 
     def wait(self) -> int:
         """Exit code of the first that failed, or 0; the others get a grace period to end by themselves."""
-        while all(process.poll() is None for process in self.processes):
+        ranks = range(len(self.children))
+        while not sum(self.ended(rank) for rank in ranks):
             time.sleep(0.05)
         deadline = time.monotonic() + GRACE_S
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        return next((code for process in self.processes if (code := process.returncode)), 0)
+        while sum(self.ended(rank) for rank in ranks) < len(ranks):
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+        return next((code for code in self.codes if code), 0)
 
     def send_signal(self, sig: int, /) -> None:
-        """To every rank."""
-        for process in self.processes:
-            process.send_signal(sig)
+        """To every rank that runs."""
+        for rank in range(len(self.children)):
+            self.kill(rank, sig)
+
+    def kill(self, rank: int, sig: int) -> None:
+        """Send a signal to one rank, if it runs."""
+        if self.codes[rank] is None:
+            os.kill(self.children[rank], sig)
+
+
+def forked(work: Callable[[], object], output: Path, environment: Mapping[str, str]) -> int:
+    """Run `work` in a forked process that writes to `output`; its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with output.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
+        work()
+        code = 0
+    except VidworldError as error:
+        print(f"vidworld: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Killer:
@@ -108,14 +147,14 @@ class Killer:
         """Kill one of these, unless they end before; in a thread of its own."""
         begin = max(0, newest_step(self.run / "checkpoints"))
         fatal = begin + round(self.options.kill_every * self.random.uniform(0.4, 1.6))
-        rank = self.random.randrange(len(ranks.processes))
+        rank, delay_s = self.random.randrange(len(ranks.children)), self.random.uniform(0, 1)
 
         def kill() -> None:
-            while ranks.processes[rank].poll() is None:
+            while ranks.codes[rank] is None:
                 if newest_step(self.run / "checkpoints") >= fatal:
-                    time.sleep(self.random.uniform(0, 1))  # some way into the steps after, or the next save
-                    ranks.processes[rank].send_signal(signal.SIGKILL)
-                    self.kills += 1
+                    time.sleep(delay_s)  # some way into the steps after, or the next save
+                    self.kills += ranks.codes[rank] is None
+                    ranks.kill(rank, signal.SIGKILL)
                     return
                 time.sleep(0.02)
 
@@ -130,6 +169,7 @@ def last_step(run: Path) -> int:
 def main(arguments: Sequence[str], prog: str) -> None:
     """Train twice, compare, print and write the rows."""
     options = parse(Options, arguments, prog=prog)
+    torch.set_num_threads(1)
     if options.work is None:
         with tempfile.TemporaryDirectory() as folder:
             rows = soak(options, Path(folder))
@@ -149,10 +189,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 def soak(options: Options, work: Path) -> dict[str, tuple[float, str]]:
     """The figures; raises SystemExit when a tensor differs."""
-    config = prepare(options, work)
+    # In a process of its own: this one must stay as it is, to be forked.
+    work.mkdir(parents=True, exist_ok=True)
+    config = work / "soak.yaml"
+    if os.waitpid(forked(lambda: prepare(options, work, config), work / "prepare.txt", {}), 0)[1]:
+        raise SystemExit(f"no data to train on: see {work / 'prepare.txt'}")
     calm, disturbed = work / "calm", work / "disturbed"
     begin = time.monotonic()
-    plain = Ranks(options.ranks, [str(config), "--out", str(calm), "--resume"], work / "calm.txt")
+    plain = Ranks(options.ranks, config, calm, work / "calm.txt")
     if plain.wait():
         raise SystemExit(f"the undisturbed run failed: see {work / 'calm.txt'}")
     calm_s = time.monotonic() - begin
@@ -167,8 +211,7 @@ def soak(options: Options, work: Path) -> dict[str, tuple[float, str]]:
             saved = max(0, newest_step(disturbed / "checkpoints"))
             repeated.append(max(0, last_step(disturbed) - saved))
         heartbeat.clear(disturbed)
-        command = [str(config), "--out", str(disturbed), "--resume"]
-        ranks = Ranks(options.ranks, command, work / "disturbed.txt")
+        ranks = Ranks(options.ranks, config, disturbed, work / "disturbed.txt")
         killer.watch(ranks)
         return ranks
 
@@ -197,9 +240,8 @@ def soak(options: Options, work: Path) -> dict[str, tuple[float, str]]:
     }
 
 
-def prepare(options: Options, work: Path) -> Path:
+def prepare(options: Options, work: Path, config: Path) -> None:
     """Data, a tokenizer and the YAML of the run."""
-    work.mkdir(parents=True, exist_ok=True)
     source = PlanarSource(10, 0, PlanarConfig(frames=20, size=32))
     convert(source, ConvertOptions(out=work / "data", size="32x32", workers=1))
     blocks = {"widths": [16, 16, 16], "encoder_blocks": [0, 0, 1], "decoder_blocks": [0, 0, 1]}
@@ -237,9 +279,7 @@ def prepare(options: Options, work: Path) -> Path:
             "look": look,
         },
     )
-    config = work / "soak.yaml"
     config.write_text(to_yaml(world))
-    return config
 
 
 def compare(one: Path, other: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ so that a checkpoint holds no random state and a resumed run draws what the firs
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -400,7 +401,8 @@ def _of_the_network(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][-160:]
+    """The first sentence, without the place in gloo's source."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
 
 
 def _memory_gb(device: torch.device) -> float:

@@ -102,9 +102,13 @@ def supervise_command(arguments: Sequence[str], run: Path, max_restarts: int) ->
             "--max-restarts", got="a process that a launcher started", fix="give it to the launcher instead"
         )
 
+    if max_restarts < 0:
+        raise ConfigError("--max-restarts", got=max_restarts, expected="0 or more")
+
     def start(attempt: int) -> subprocess.Popen[bytes]:
         left_out = ["--max-restarts", "--max_restarts"]
-        go_on = attempt > 0 and has_begun(run)
+        # What was to be overwritten is still there if the start died before its training began.
+        go_on = attempt > 0 and ("--overwrite" not in arguments or has_begun(run))
         if go_on:
             left_out += ["--overwrite", "--no-overwrite", "--resume", "--no-resume"]
         command = [sys.executable, "-m", "vidworld", "train", *without(arguments, left_out)]

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             default = WorldOptions(config=path, out=out, training=training)
             options = parse(WorldOptions, arguments, prog=prog, default=default)
     run = require_local(options.out or Path("runs") / path.stem, "--out")
-    if options.max_restarts:
+    if options.max_restarts != 0:
         supervise_command(arguments, run, options.max_restarts)
         return
     train(options.training, run, resume=options.resume, overwrite=options.overwrite)
