@@ -205,7 +205,7 @@ def test_a_command_that_always_dies_is_given_up(planar: Path, tmp_path: Path, se
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.count("broken package") == 4, "the start and three more"
+    assert done.stderr.count("RuntimeError: broken package") == 4, "the start and three more"
     last = done.stderr.strip().splitlines()[-1]
     assert "given up after 3 restarts without progress from the beginning" in last
 

@@ -402,7 +402,7 @@ def _of_the_network(error: RuntimeError) -> bool:
 
 def _first_line(error: Exception) -> str:
     """The first sentence, without the place in gloo's source."""
-    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0][:120]
 
 
 def _memory_gb(device: torch.device) -> float:
