@@ -1,6 +1,6 @@
 """Measure what a checkpoint costs a training: written in the background, and at once.
 
-    python tools/bench/checkpoint.py [--width 1024] [--tokens 8192] [--throttle-s 1]
+    python tools/bench/checkpoint.py [--width 1024] [--tokens 2048] [--throttle-s 0.3]
 
 A stack of matrices learns on rows of tokens; every few steps a checkpoint is written to a disk that is made
 slow by a pause at each of its nine points. The figure is the time that a save holds up the training, as a
@@ -38,11 +38,11 @@ class Options:
 
     width: int = 1024
     depth: int = 12
-    tokens: int = 8192
+    tokens: int = 2048
     """Rows of a step."""
     steps: int = 12
     save_every: int = 3
-    throttle_s: float = 1.0
+    throttle_s: float = 0.3
     """Pause of the writer at each of its points."""
     device: str = "cpu"
     name: str = "reliability.save"
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def measure(options: Options, *, in_background: bool) -> tuple[float, float]:
     """Median seconds of a step, and the longest that a save held up the training."""
     torch.manual_seed(0)
-    task = Stack(options.width, options.depth)
+    task: Task[Any] = Stack(options.width, options.depth)
     optim = OptimConfig(warmup_steps=0)
     ema = EMA(task, 0.999)
     engine = build_engine(task, EngineConfig(), optim)
