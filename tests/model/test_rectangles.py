@@ -95,6 +95,7 @@ def test_the_merge_matters():
     assert (own - attend(q, k, v, pattern, "rectangles").double()).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_torch_accepts_the_operator():
     q, k, v = inputs(PATTERNS["frame_causal_streams"], torch.float32)
     sizes = list(PATTERNS["frame_causal_streams"].sizes)

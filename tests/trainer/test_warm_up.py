@@ -86,6 +86,7 @@ def test_no_graph_is_made_after_the_warm_up_and_none_breaks():
     assert graphs.frame_count > made, "negative control: another length is another graph"
 
 
+@pytest.mark.slow
 def test_without_a_warm_up_the_bootstrap_compiles_in_the_middle_of_a_run():
     task, graphs = make_task()
     shapes = [ClipShape(6, 4)]
