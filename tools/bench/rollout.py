@@ -1,86 +1,297 @@
-"""Measure imagined camera frames per second, denoised, committed and decoded, and the cost of the noise.
+"""Measure imagined camera frames per second: the plain world and the engine, side by side in one run.
 
-    python tools/bench/rollout.py [--batches 1 64] [--steps 1 4] [--frames 24] [--device cuda]
+    python tools/bench/rollout.py --device cuda --budget-s 540      # what GPUs are steered by
+    python tools/bench/rollout.py --cases 12x384.b1.k1 --threads 2  # the flagship's size on a CPU
 
-Weights are random: speed does not depend on them. The window is full from the first measured frame on.
+Weights are random: speed does not depend on them. Every row is written as soon as it is measured. A frame is
+denoised and committed; rows ending in `.decoded` also make its pixels, nothing is encoded. The window is full
+from the first measured frame on, and the first rollout of each (compilation, capture) is not measured.
 """
 
+import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from roofline import Machine, frames_per_s_bound, machine
 from table import add_rows, cpu_name
+from torch import nn
 
 from vidworld.config import parse
 from vidworld.contract import ActionContract, Statistics
-from vidworld.errors import UserError
+from vidworld.errors import ConfigError, UserError
 from vidworld.lab.planar import EMBODIMENT
 from vidworld.model.dit import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.world.build import build
-from vidworld.world.noise import CONTEXT, START, NoiseStream
+from vidworld.world.engine import RolloutEngine
+from vidworld.world.noise_ahead import NoiseAhead
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
+from vidworld.world.state import Observation, Rollout, WorldState
 from vidworld.world.world import WorldModel
+
+Variant = Literal["plain", "engine", "half", "compiled"]
+
+SIZES: dict[str, tuple[DiTConfig, int]] = {
+    "24x1024": (DiTConfig(width=1024, depth=24, num_heads=16, num_kv_heads=4), 256),
+    "16x512": (DiTConfig(width=512, depth=16, num_heads=8, num_kv_heads=2), 128),
+    "12x384": (DiTConfig(width=384, depth=12, num_heads=6, num_kv_heads=2), 128),
+    "8x256": (DiTConfig(width=256, depth=8, num_heads=4, num_kv_heads=2), 128),
+}
+"""Network and pixels on a side; a patch of latents is 16 x 16 pixels, so 256 and 64 patches a frame."""
+
+GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "16x512.b1.k4", "12x384.b1.k1")
+CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time rollouts of a world with random weights."""
+    """Time rollouts of worlds with random weights."""
 
-    model: DiTConfig = field(default_factory=DiTConfig)
-    tokenizer: ConvTokenizerConfig = field(default_factory=ConvTokenizerConfig)
-    height: int = 96
-    width: int = 128
-    batches: tuple[int, ...] = (1, 64)
-    """Samples stepped together."""
-    steps: tuple[int, ...] = (1, 4)
-    """Denoising steps a frame, K."""
-    frames: int = 24
+    cases: tuple[str, ...] = ()
+    """SIZE.bBATCH.kSTEPS each, of the sizes above; default: those of the device."""
+    variants: tuple[Variant, ...] = ()
+    """Default: engine, plain and compiled; on a CPU also half."""
+    window: int = 16
+    frames: int = 32
     """Frames of each measured rollout."""
-    decode: bool = True
+    repeats: int = 5
+    latency_steps: int = 100
+    """Steps whose time from action to pixels is taken, at batch 1."""
     device: Literal["cpu", "cuda"] = "cpu"
-    autocast: bool = True
     threads: int = 1
+    budget_s: float = 540.0
+    """Nothing new begins after so many seconds."""
     out: Path | None = Path("benchmarks/rollout.json")
     """Rows are added here; `None`: only print."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size, batch and number of denoising steps."""
+
+    size: str
+    batch: int
+    steps: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Case":
+        """From SIZE.bBATCH.kSTEPS; raises ConfigError."""
+        size, *rest = text.split(".")
+        if size not in SIZES or len(rest) != 2 or rest[0][:1] != "b" or rest[1][:1] != "k":
+            raise ConfigError("--cases", got=text, expected=f"SIZE.bBATCH.kSTEPS, SIZE of {', '.join(SIZES)}")
+        return cls(size, int(rest[0][1:]), int(rest[1][1:]))
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return f"{self.size}.b{self.batch}.k{self.steps}"
+
+
+class Rows:
+    """Prints and saves each figure at once, and knows when time is up."""
+
+    def __init__(self, options: Options, arguments: Sequence[str]) -> None:
+        self.options, self.began = options, time.monotonic()
+        self.device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
+        self.command = " ".join(["python", "tools/bench/rollout.py", *arguments])
+
+    def add(self, name: str, value: float, unit: str) -> None:
+        """One figure."""
+        print(f"{name:<46} {value:14,.3f} {unit}", flush=True)
+        if self.options.out is not None:
+            row = {name: (round(value, 4), unit)}
+            add_rows(self.options.out, row, device=self.device, command=self.command, packages=("torch",))
+
+    def has_time(self, what: str) -> bool:
+        """Whether there is time for something new; says so if not."""
+        left = self.options.budget_s - (time.monotonic() - self.began)
+        if left <= 0:
+            print(f"left out for want of time: {what}", flush=True)
+        return left > 0
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
     """Measure, print and write the rows."""
     options = parse(Options, arguments, prog=prog)
+    gpu = options.device == "cuda"
+    cases = [Case.parse(text) for text in options.cases or (GPU_CASES if gpu else CPU_CASES)]
     torch.set_num_threads(options.threads)
-    world = make_world(options)
-    kind = "fps" if options.device == "cuda" else "cpu_fps"
-    name = f"rollout.{kind}.{options.model.depth}x{options.model.width}"
-    rows: dict[str, tuple[float, str]] = {}
-    for batch in options.batches:
-        for steps in options.steps:
-            per_s = frames_per_s(world, batch, replace(world.spec.sampler, steps=steps), options)
-            rows[f"{name}.b{batch}.k{steps}"] = (round(per_s, 2), "frames/s")
-        stream = NoiseStream(0, torch.arange(batch, device=options.device))
-        draw = partial(stream.frames, world.spec.shape, [0], START, CONTEXT)
-        seconds = timed(draw, options.device, 10)
-        rows[f"rollout.{kind}.noise_ms.b{batch}"] = (round(1e3 * seconds, 3), "ms a frame")
-    for key, (value, unit) in rows.items():
-        print(f"{key:<40} {value:12.2f} {unit}")
-    if options.out is not None:
-        device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
-        command = " ".join(["python", "tools/bench/rollout.py", *arguments])
-        add_rows(options.out, rows, device=device, command=command, packages=("torch",))
+    rows = Rows(options, arguments)
+    limits = machine(torch.device(options.device))
+    print(
+        f"{rows.device}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bytes_per_s / 1e9:.4g} GB/s"
+    )
+    for case in cases:
+        if rows.has_time(case.name):
+            measure(case, options, rows, limits)
 
 
-def make_world(options: Options) -> WorldModel:
-    """A world of the planar arm's embodiment with fresh weights."""
+@torch.no_grad()
+def measure(case: Case, options: Options, rows: Rows, limits: Machine) -> None:
+    """All variants of one case."""
+    gpu = options.device == "cuda"
+    world = make_world(*SIZES[case.size], options)
+    spec = world.spec
+    sampler = replace(spec.sampler, steps=case.steps)
+    state = world.reset(full_prompt(spec, sampler), num_samples=case.batch, sampler=sampler)
+    actions = np.zeros((options.frames, len(spec.contracts[0].action)), np.float32)
+    kind = "fps" if gpu else "cpu_fps"
+    unit = (
+        f"frames/s; commit in, decode and encode out, window {sampler.window} full, "
+        f"{world.model.tokens_per_frame} tokens a frame"
+    )
+    unit += "" if gpu else f", CPU seconds, {options.threads} thread(s)"
+    bound = frames_per_s_bound(world.model, case.batch, case.steps, sampler.window, limits, half=gpu)
+    rows.add(f"rollout.{kind}.{case.name}.roofline", bound, "frames/s that this run's matmul and copy allow")
+    best = 0.0
+    default: tuple[Variant, ...] = (
+        ("engine", "plain", "compiled") if gpu else ("engine", "plain", "half", "compiled")
+    )
+    for variant in options.variants or default:
+        name = f"rollout.{kind}.{case.name}.{variant}"
+        if not rows.has_time(name):
+            continue
+        run = runner(variant, world, sampler)
+        began = time.monotonic()
+        for decoded in (False, True):
+            per_s = frames_per_s(run, state, actions, decoded, options)
+            what = unit.replace("decode and encode out", "decode in, encode out") if decoded else unit
+            rows.add(f"{name}.decoded" if decoded else name, per_s, what)
+            if variant != "plain" and not decoded and per_s > best:
+                best = per_s
+                rows.add(f"rollout.{kind}.{case.name}", best, unit)
+        print(f"{variant}: {time.monotonic() - began:.0f} s with warming up")
+        if isinstance(run, RolloutEngine):
+            unit_of = "of 255: mean difference of pixels over 8 frames, to plain"
+            rows.add(f"{name}.difference", difference(world, run, state, actions[:8]), unit_of)
+        if case.batch == 1 and rows.has_time(f"{name} latency"):
+            for quantile, value in latency_ms(run, state, actions[0], options).items():
+                latency = f"rollout.latency_ms.{case.name}.{variant}.{quantile}"
+                rows.add(latency, value, "ms from an action to its pixels, both on the host")
+    compiled = bool({"compiled"} & set(options.variants or default))
+    noise = NoiseAhead(spec.shape, 0, case.batch, dtype=world.dtype, device=world.device, compile=compiled)
+
+    def draw() -> None:
+        noise.load(0, state.sample_ids_B)
+        noise.go_to(0)
+
+    per_frame = statistics.median(timed(draw, options, options.repeats)) / noise.ahead
+    rows.add(f"rollout.{kind}.noise_ms.{case.name}", 1e3 * per_frame, f"ms a frame, {noise.ahead} at once")
+
+
+class Plain:
+    """The plain world with a fixed sampler, called as an engine is."""
+
+    def __init__(self, world: WorldModel, sampler: SamplerConfig) -> None:
+        self.world, self.sampler = world, sampler
+        self.state: WorldState | None = None
+
+    def rollout(self, state: WorldState, actions: np.ndarray, *, decode: bool, check: bool) -> Rollout:
+        """As the engine's."""
+        return self.world.rollout(state, actions, sampler=self.sampler, decode=decode, check=check)
+
+    def load(self, state: WorldState) -> None:
+        """As the engine's."""
+        self.state = state
+
+    def step(self, action: np.ndarray) -> Observation:
+        """As the engine's."""
+        assert self.state is not None
+        self.state, seen = self.world.step(self.state, action, sampler=self.sampler)
+        return seen
+
+
+def runner(variant: Variant, world: WorldModel, sampler: SamplerConfig) -> "RolloutEngine | Plain":
+    """What rolls out in the way of a variant."""
+    match variant:
+        case "plain":
+            return Plain(world, sampler)
+        case "engine":
+            return RolloutEngine(world, sampler=sampler)
+        case "half":
+            return RolloutEngine(world, sampler=sampler, half=True)
+        case "compiled":
+            return RolloutEngine(world, sampler=sampler, compile=True)
+    raise ConfigError("--variants", got=variant)
+
+
+def frames_per_s(
+    run: "RolloutEngine | Plain", state: WorldState, actions: np.ndarray, decode: bool, options: Options
+) -> float:
+    """Frames of all samples together: median of the repeats."""
+    seconds = timed(lambda: run.rollout(state, actions, decode=decode, check=False), options, options.repeats)
+    middle = statistics.median(seconds) if options.device == "cuda" else min(seconds)
+    return len(state) * len(actions) / middle
+
+
+def latency_ms(
+    run: "RolloutEngine | Plain", state: WorldState, action: np.ndarray, options: Options
+) -> dict[str, float]:
+    """Time from an action on the host to its picture on the host."""
+    run.load(state)
+    taken = []
+    for _ in range(options.latency_steps + 5):
+        began = clock(options)
+        seen = run.step(action)
+        assert seen.video_BVHWC is not None
+        seen.video_BVHWC.cpu()
+        taken.append(1e3 * (clock(options) - began))
+    taken = sorted(taken[5:])
+    return {"p50": taken[len(taken) // 2], "p99": taken[min(len(taken) - 1, round(0.99 * len(taken)))]}
+
+
+def difference(world: WorldModel, engine: RolloutEngine, state: WorldState, actions: np.ndarray) -> float:
+    """Mean difference of pixels between the engine and the plain world."""
+    videos = [
+        run.rollout(state, actions, decode=True, check=False).video_BTVHWC
+        for run in (engine, Plain(world, engine.sampler))
+    ]
+    first, second = (video for video in videos if video is not None)
+    return float((first.float() - second.float()).abs().mean())
+
+
+def timed(function: Callable[[], object], options: Options, repeats: int) -> list[float]:
+    """Seconds of each call, after one to warm up; on a CPU, which others use too, CPU seconds a thread."""
+
+    def wait() -> None:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    function()
+    wait()
+    seconds = []
+    for _ in range(repeats):
+        started = clock(options)
+        function()
+        wait()
+        seconds.append(clock(options) - started)
+    return seconds
+
+
+def clock(options: Options) -> float:
+    """Seconds: of the wall on a GPU, of the processor on a CPU, which others use too."""
+    return time.perf_counter() if options.device == "cuda" else time.process_time() / options.threads
+
+
+def full_prompt(spec: WorldSpec, sampler: SamplerConfig) -> Prompt:
+    """A prompt that fills the window."""
+    frames = np.zeros((sampler.window, spec.height, spec.width, 3), np.uint8)
+    return Prompt(frames, np.zeros((sampler.window, len(spec.contracts[0].proprio)), np.float32))
+
+
+def make_world(model: DiTConfig, pixels: int, options: Options) -> WorldModel:
+    """A world of the planar arm's embodiment with random weights, none of them zero."""
     torch.manual_seed(0)
-    tokenizer = ConvTokenizer(options.tokenizer)
+    tokenizer = ConvTokenizer(ConvTokenizerConfig())
     generator = np.random.default_rng(0)
     contract = ActionContract(
         EMBODIMENT.embodiment,
@@ -90,52 +301,21 @@ def make_world(options: Options) -> WorldModel:
         Statistics.of(generator.uniform(-1, 1, (100, len(EMBODIMENT.action)))),
         Statistics.of(generator.uniform(-1, 1, (100, len(EMBODIMENT.proprio)))),
     )
-    stride = tokenizer.spatial_stride
+    side = pixels // tokenizer.spatial_stride
     shape = FrameShape.from_contracts(
-        [contract],
-        views=1,
-        channels=tokenizer.latent_channels,
-        height=options.height // stride,
-        width=options.width // stride,
+        [contract], views=1, channels=tokenizer.latent_channels, height=side, width=side
     )
-    spec = WorldSpec(
-        options.model, shape, ("top",), options.height, options.width, 10.0, (contract,), SamplerConfig()
-    )
-    world = build(spec, tokenizer, autocast=options.autocast)
+    sampler = SamplerConfig(window=options.window)
+    spec = WorldSpec(model, shape, ("top",), pixels, pixels, 10.0, (contract,), sampler)
+    world = build(spec, tokenizer)
+    for parameter in world.model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
     return world.requires_grad_(False).eval().to(options.device)
 
 
-@torch.no_grad()
-def frames_per_s(world: WorldModel, batch: int, sampler: SamplerConfig, options: Options) -> float:
-    """Frames of all samples together, from a prompt that fills the window."""
-    spec = world.spec
-    frames = np.zeros((sampler.window, spec.height, spec.width, 3), np.uint8)
-    proprio = np.zeros((sampler.window, len(spec.contracts[0].proprio)))
-    state = world.reset(Prompt(frames, proprio), num_samples=batch, sampler=sampler)
-    actions = np.zeros((options.frames, len(spec.contracts[0].action)))
-    seconds = timed(
-        lambda: world.rollout(state, actions, sampler=sampler, decode=options.decode), options.device, 1
-    )
-    return batch * options.frames / seconds
-
-
-def timed(function: Callable[[], object], device: str, repeats: int) -> float:
-    """Seconds a call, after one to warm up."""
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    function()
-    wait()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    wait()
-    return (time.perf_counter() - started) / repeats
-
-
 if __name__ == "__main__":
+    warnings.simplefilter("always")
     try:
         main(sys.argv[1:], "python tools/bench/rollout.py")
     except UserError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vidworld import media, plots
 from vidworld.errors import ConfigError
-from vidworld.evaluation.comparison import difference
+from vidworld.evaluation.comparison import ERROR_GAIN, difference
 from vidworld.evaluation.grounding import Grounding, Recording
 from vidworld.evaluation.imagining import Imagined
 from vidworld.evaluation.rollout_options import Format
@@ -23,6 +23,8 @@ LEAST_COLUMNS = 3
 STRIP_SAMPLES = 4
 GRID_SAMPLES = 15
 SWEEP_ROWS = 12
+CELL_HEIGHT = 192
+"""Of a grid whose captions are names, which need room."""
 RECORDED = "recorded"
 PLAIN = "sample"
 """Label of the futures of a rollout without branches."""
@@ -92,7 +94,7 @@ def grid(shown: Shown) -> np.ndarray:
         for sample in range(columns):
             videos.append(shown.row(label, sample))
             labels.append(_caption(label, sample, len(found.video_NTVHWC)))
-    return media.grid(videos, columns, labels=labels)
+    return media.grid(videos, columns, labels=labels, height=CELL_HEIGHT)
 
 
 def strip(shown: Shown) -> np.ndarray:
@@ -108,7 +110,7 @@ def strip(shown: Shown) -> np.ndarray:
         rows |= {label: shown.row(label, 0) for label in shown.imagined}
     first = next(iter(shown.rows.values()))
     if shown.errors and shown.recorded_THWC is not None:
-        rows["difference"] = difference(first, shown.recorded_THWC)
+        rows[f"difference x{ERROR_GAIN}"] = difference(first, shown.recorded_THWC)
     steps = {round(step) for step in np.linspace(1, total, min(columns, total))}
     if shown.fork_at is not None:
         # Half of the moments lie behind the fork at least, and the fork itself is among them.
@@ -166,10 +168,11 @@ def write_overview(folder: Path, scenes: dict[str, Shown], formats: Sequence[For
         for name in names:
             video = scenes[name].recorded_THWC
             assert video is not None
-            rows.append((f"{name} {RECORDED}", video))
-    rows += [(name, scenes[name].row(PLAIN, 0)) for name in names]
+            rows.append((name, video))
+    rows += [("imagined" if recorded else name, scenes[name].row(PLAIN, 0)) for name in names]
     columns = len(names) if recorded else None
-    video = media.grid([video for _, video in rows], columns, labels=[label for label, _ in rows])
+    cells, labels = [video for _, video in rows], [label for label, _ in rows]
+    video = media.grid(cells, columns, labels=labels, height=CELL_HEIGHT)
     _write(folder / "grid", video, next(iter(scenes.values())).spec.fps, formats)
 
 
