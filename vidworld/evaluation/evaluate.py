@@ -20,6 +20,8 @@ from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration_page import calibration_lines
+from vidworld.evaluation.drift import drift
+from vidworld.evaluation.drift_page import drift_line
 from vidworld.evaluation.grounding import file_digest
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
@@ -112,6 +114,12 @@ def _measure(
     began = time.perf_counter()
     with tqdm(total=len(plan.windows), unit="window", desc="eval", disable=None) as bar:
         study = measure(world, dataset, settings, plan=plan, progress=bar.update)
+    drifted = {}
+    if settings.drift is not None:
+        drifted = {
+            robot: drift(world, dataset, settings, plan.of(robot), settings.drift)
+            for robot in plan.embodiments
+        }
     seconds = time.perf_counter() - began
     found = summarise(study, settings, world.spec.frames_per_step)
     spec, manifest = world.spec, dataset.manifest
@@ -141,6 +149,7 @@ def _measure(
             **_described(plan),
         },
         **found,
+        **({"drift": drifted} if drifted else {}),
         "seconds": round(seconds, 3),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _device(world.device),
@@ -208,5 +217,7 @@ def _lines(metrics: Mapping[str, Any], out: Path) -> str:
         lines.append("  ".join(f"{cell:>9}" for cell in (horizon, *cells)))
     for robot, found in metrics.get("calibration", {}).items():
         lines += calibration_lines(robot, found)
+    for robot, found in metrics.get("drift", {}).items():
+        lines.append(drift_line(robot, found))
     lines += [f"warning: {warning}" for warning in metrics["warnings"]]
     return "\n".join([*lines, f"report: {out / REPORT}"])

@@ -65,6 +65,24 @@ def _gaussian_blur(size: int) -> np.ndarray:
     return matrix
 
 
+def appearance(videos_MTHWC: np.ndarray, before_HWC: np.ndarray) -> dict[str, np.ndarray]:
+    """How pictures in [0, 1] look, for each frame [T]; the first one is compared with `before_HWC`.
+
+    contrast is the standard deviation of a picture's pixels, sharpness the mean square of its differences of
+    neighbours, motion the mean absolute change from the frame before.
+    """
+    count = len(videos_MTHWC)
+    first_M1HWC = np.broadcast_to(before_HWC, (count, 1, *before_HWC.shape))
+    before_MTHWC = np.concatenate([first_M1HWC, videos_MTHWC[:, :-1]], 1)
+    across = np.square(np.diff(videos_MTHWC, axis=-2)).mean((-3, -2, -1))
+    down = np.square(np.diff(videos_MTHWC, axis=-3)).mean((-3, -2, -1))
+    return {
+        "contrast": videos_MTHWC.std((-3, -2), dtype=np.float64).mean((0, -1)),
+        "sharpness": (across + down).mean(0, dtype=np.float64),
+        "motion": np.abs(videos_MTHWC - before_MTHWC).mean((0, -3, -2, -1), dtype=np.float64),
+    }
+
+
 def crps(samples_MX: np.ndarray, truth_X: np.ndarray) -> np.ndarray:
     """Fair continuous ranked probability score of M samples at each place X; lower is better.
 

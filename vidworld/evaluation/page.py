@@ -12,11 +12,12 @@ import numpy as np
 
 from vidworld import media
 from vidworld.evaluation.calibration_page import write_calibration
+from vidworld.evaluation.drift_page import write_drift
 from vidworld.evaluation.metrics import psnr
 from vidworld.evaluation.study import Clip, Study
 from vidworld.evaluation.windows import Window
 from vidworld.page import Card, Report
-from vidworld.plots import Line, Panel, draw
+from vidworld.plots import Line, Panel, draw, to_png
 from vidworld.world.spec import WorldSpec
 
 STRIP_COLUMNS = 8
@@ -69,6 +70,8 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
     _collapse(report, metrics)
     for robot, found in metrics.get("calibration", {}).items():
         write_calibration(report, robot, found)
+    for robot, found in metrics.get("drift", {}).items():
+        media.write_bytes(folder / f"drift-{robot}.png", to_png(write_drift(report, robot, found)))
     report.section("Settings")
     shown = {
         key: metrics[key] for key in ("settings", "sampler", "world", "data", "device", "date", "versions")

@@ -22,7 +22,7 @@ from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration import Verified, verify
 from vidworld.evaluation.futures import Rolled, roll_out, through_tokenizer
-from vidworld.evaluation.metrics import proprio_metrics, video_metrics
+from vidworld.evaluation.metrics import appearance, proprio_metrics, video_metrics
 from vidworld.evaluation.windows import (
     Plan,
     Recorded,
@@ -211,7 +211,7 @@ def _compare(
         }
         looks = {"truth": truth_THWC[None], "bound": bound_THWC[None], "model": samples_MTHWC}
         for name, videos in looks.items():
-            for measure_name, values_T in _appearance(videos, before_HWC).items():
+            for measure_name, values_T in appearance(videos, before_HWC).items():
                 found[f"{measure_name}_{name}"] = values_T
         views[view] = found
     proprio = {}
@@ -246,24 +246,6 @@ def _verify(spec: WorldSpec, recorded: Recorded, rolled: Rolled, bound_TVHWC: np
 def _square_error(predicted: np.ndarray, truth_THWC: np.ndarray) -> np.ndarray:
     """Mean squared error of pixels in [0, 1] for each frame [..., T]."""
     return np.square(predicted - truth_THWC).mean((-3, -2, -1), dtype=np.float64)
-
-
-def _appearance(videos_MTHWC: np.ndarray, before_HWC: np.ndarray) -> dict[str, np.ndarray]:
-    """How pictures look, for each frame [T].
-
-    contrast is the standard deviation of a picture's pixels, sharpness the mean square of its differences of
-    neighbours, motion the mean absolute change from the frame before.
-    """
-    count = len(videos_MTHWC)
-    first_M1HWC = np.broadcast_to(before_HWC, (count, 1, *before_HWC.shape))
-    before_MTHWC = np.concatenate([first_M1HWC, videos_MTHWC[:, :-1]], 1)
-    across = np.square(np.diff(videos_MTHWC, axis=-2)).mean((-3, -2, -1))
-    down = np.square(np.diff(videos_MTHWC, axis=-3)).mean((-3, -2, -1))
-    return {
-        "contrast": videos_MTHWC.std((-3, -2), dtype=np.float64).mean((0, -1)),
-        "sharpness": (across + down).mean(0, dtype=np.float64),
-        "motion": np.abs(videos_MTHWC - before_MTHWC).mean((0, -3, -2, -1), dtype=np.float64),
-    }
 
 
 def _clip(

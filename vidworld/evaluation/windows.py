@@ -60,11 +60,15 @@ class Settings:
     """Scale and centre-crop videos of another size."""
     calibration: bool = False
     """Verify whether the spread of the samples is honest; wants many (--samples 32)."""
+    drift: int | None = None
+    """Also imagine this many frames at a stretch, such as 512, and measure whether they hold."""
 
     def __post_init__(self) -> None:
         """Refuse counts below their least with ConfigError."""
         least = {"windows_per_episode": 1, "context": 1, "frames": 1, "samples": 1, "clips": 0, "seed": 0}
-        least |= {name: 1 for name in ("episodes", "steps", "batch") if getattr(self, name) is not None}
+        least |= {
+            name: 1 for name in ("episodes", "steps", "batch", "drift") if getattr(self, name) is not None
+        }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(
