@@ -84,9 +84,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def measure(options: Options, *, in_background: bool) -> tuple[float, float]:
     """Median seconds of a step, and the longest that a save held up the training."""
     torch.manual_seed(0)
-    task: Task[Any] = Stack(options.width, options.depth)
+    task = Stack(options.width, options.depth)
     optim = OptimConfig(warmup_steps=0)
-    ema = EMA(task, 0.999)
+    ema = EMA[Task[Any]](task, 0.999)
     engine = build_engine(task, EngineConfig(), optim)
     rows = torch.randn(1, options.tokens, options.width)
     batch = Batch(
