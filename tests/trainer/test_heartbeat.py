@@ -130,6 +130,22 @@ def test_a_step_that_takes_too_long(tmp_path: Path) -> None:
     assert Heartbeat(tmp_path, hang_s=0, now=clock).trouble() is None
 
 
+def test_a_machine_that_stood_still_makes_nobody_silent(tmp_path: Path) -> None:
+    clock = Clock()
+    heart = Heartbeat(tmp_path, world_size=2, hang_s=100, silent_s=60, now=clock)
+    with Heartbeat(tmp_path, rank=1, world_size=2, now=clock) as other:
+        heart.mark("training", 5)
+        heart.mark("training", 6)
+        assert heart.trouble() is None
+        other.beat()
+        assert heart.trouble() is None
+        clock.now_s += 500
+        heart.overslept(500 - heart.interval_s)
+        assert heart.trouble() is None, "neither the neighbour's silence nor our own idleness"
+        clock.now_s += 61
+        assert "rank 1" in str(heart.trouble()), "and a true silence is heard"
+
+
 def test_a_torn_file_is_no_news(tmp_path: Path) -> None:
     clock = Clock()
     silence = Silence(tmp_path, [0], 60)

@@ -124,6 +124,12 @@ class Silence:
                 silent.append((last, now_s - since_s))
         return silent
 
+    def forgive(self, gap_s: float) -> None:
+        """Count `gap_s` seconds, in which this reader itself did not run, against nobody."""
+        self._seen = {
+            rank: (beat, since_s + gap_s, alive) for rank, (beat, since_s, alive) in self._seen.items()
+        }
+
 
 class Heartbeat:
     """This rank's heartbeat, and its watch over itself and its neighbours.
@@ -222,8 +228,18 @@ class Heartbeat:
             os.close(self._file)
             self._file = -1
 
+    def overslept(self, late_s: float) -> None:
+        """Tell that this watch ran `late_s` seconds late: a machine that stands still makes nobody silent."""
+        if late_s > self.interval_s:
+            self._silence.forgive(late_s)
+            self._marked_s += late_s
+
     def _beat_on(self) -> None:
+        woke_s = self._now()
         while not self._stopped.wait(self.interval_s):
+            now_s = self._now()
+            self.overslept(now_s - woke_s - self.interval_s)
+            woke_s = now_s
             self.beat()
             if trouble := self.trouble():
                 self._end(trouble)
