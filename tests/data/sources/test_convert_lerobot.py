@@ -34,10 +34,12 @@ def contents(out: Path) -> dict[str, str]:
 
 def process(source: Path, out: Path, *flags: object, limit: int | None = None) -> subprocess.Popen[str]:
     """The command in a process group of its own, at most `limit` bytes a file."""
-    program = "import resource, sys; from vidworld.cli import main\n"
+    program = "import resource, signal, sys; from vidworld.cli import main\n"
+    # A shell's background job starts with interrupts ignored, and so do its children.
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     if limit is not None:
         program += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        program += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        program += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     arguments = ["shard", str(source), "--out", str(out), *SIZE, *map(str, flags)]
     return subprocess.Popen(
         [sys.executable, "-c", program + "main()", *arguments],
