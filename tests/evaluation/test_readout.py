@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import torch
 from vidworld import cli
 from vidworld.contract import Dimension
 from vidworld.data.convert import ConvertOptions, convert
-from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError, ConfigError, DataError, DivergedError
 from vidworld.evaluation import lab_truth
-from vidworld.evaluation.lab_frames import load_frames, open_datasets, scene
+from vidworld.evaluation.lab_frames import load_frames, open_datasets
 from vidworld.evaluation.quantities import COLOURS, PAINTS, SUBJECTS
 from vidworld.evaluation.readout import CARD, WEIGHTS, load_readout, save_readout
 from vidworld.evaluation.readout_errors import measure
