@@ -320,7 +320,7 @@ def test_train_and_apply_from_the_command_line(data, saved, tmp_path, capsys):
         (["--kind", "container"], "expected liquid"),
         (["--split", "test"], "split"),
         (["--episodes", "0"], "--episodes"),
-        (["--device", "abacus"], "--device"),
+        (["--device", "abacus"], "device: got abacus"),
     ):
         wrong = tmp_path / "wrong"
         assert cli.run(["readout", "apply", str(saved), str(data[0]), "--out", str(wrong), *extra]) == 2

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from vidworld.evaluation.readout_errors import blunt
 from vidworld.evaluation.readout_training import ReadoutTraining, train_readout
 from vidworld.files import require_local, url_of
 from vidworld.output import output_directory
+from vidworld.world.load import usable_device
 
 RECORD = "readings.json"
 CONFIG = "config.yaml"
@@ -115,7 +115,7 @@ def _train(arguments: Sequence[str], prog: str) -> None:
         training = from_yaml(ReadoutTraining, Path(arguments[arguments.index("--config") + 1]))
     default = TrainOptions(data=tyro.MISSING, out=tyro.MISSING, training=training)
     options = parse(TrainOptions, arguments, prog=prog, default=default)
-    device = _device(options.device)
+    device = usable_device(options.device)
     with output_directory(require_local(options.out, "--out"), CARD, overwrite=options.overwrite) as folder:
         datasets = open_datasets(options.data)
         with tqdm(total=options.training.steps, unit="step", disable=None) as bar:
@@ -165,7 +165,7 @@ def _apply(arguments: Sequence[str], prog: str) -> None:
     if options.episodes is not None and options.episodes < 1:
         raise ConfigError("--episodes", got=options.episodes, expected="1 or more")
     with output_directory(require_local(options.out, "--out"), RECORD, overwrite=options.overwrite) as folder:
-        readout = load_readout(options.readout, _device(options.device))
+        readout = load_readout(options.readout, usable_device(options.device))
         if options.kind is not None:
             subject_of(options.kind, readout.net.subjects, where=options.readout)
         record = read_clips(readout, clips(options), folder)
@@ -257,14 +257,3 @@ def _episodes(options: ApplyOptions) -> Iterator[Clip]:
         if kind is None:
             raise ConfigError("--kind", where=where, got="nothing", expected="the kind that was imagined")
         yield Clip(sample.key, kind, frames_THWC, dataset.manifest.fps, truth)
-
-
-def _device(name: str | None) -> torch.device:
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(chosen)
-    except RuntimeError:
-        raise ConfigError("--device", got=chosen, expected="cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", got=chosen, expected="cpu: PyTorch sees no GPU")
-    return device

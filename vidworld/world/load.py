@@ -44,7 +44,7 @@ def load(
     Raises CheckpointError saying what is missing, damaged or of another architecture, ConfigError for a
     device that is not here.
     """
-    chosen = _device(device)
+    chosen = usable_device(device)
     files = find(path)
     spec = WorldSpec.read(files.directory)
     verify(files.weights)
@@ -56,7 +56,7 @@ def load(
     return world.to(chosen)
 
 
-def _device(name: torch.device | str | None) -> torch.device:
+def usable_device(name: torch.device | str | None) -> torch.device:
     """A device that can be used; by default the GPU if there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
