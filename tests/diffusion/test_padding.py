@@ -31,9 +31,11 @@ def toy(frames: Frames, level, step_BT) -> Frames:
     return frames.map(lambda tensor: torch.tanh(0.7 * tensor))
 
 
+@pytest.mark.parametrize("motion_weight", [0.0, 2.0])
 @pytest.mark.parametrize("bootstrap", [0, 1])
-def test_shortcut(bootstrap: int) -> None:
-    config, clean, noise = ObjectiveConfig(shift="none"), padded(0), padded(1)
+def test_shortcut(bootstrap: int, motion_weight: float) -> None:
+    config = ObjectiveConfig(shift="none", motion_weight=motion_weight)
+    clean, noise = padded(0), padded(1)
     draws = draw_levels(clean, config, num_bootstrap=bootstrap, generator=torch.Generator().manual_seed(2))
     whole = shortcut_loss(toy, toy, clean, noise, draws, config, used_B=USED)
     own = shortcut_loss(toy, toy, cut(clean), cut(noise), draws, config)
@@ -43,8 +45,10 @@ def test_shortcut(bootstrap: int) -> None:
     assert diluted["latents"] < 0.5 * own["latents"], "negative control"
 
 
-def test_energy() -> None:
-    config = ObjectiveConfig(kind="energy", energy=EnergyConfig(samples=2, patch=2))
+@pytest.mark.parametrize("motion_weight", [0.0, 2.0])
+def test_energy(motion_weight: float) -> None:
+    energy = EnergyConfig(samples=2, patch=2)
+    config = ObjectiveConfig(kind="energy", energy=energy, motion_weight=motion_weight)
     clean, noise = padded(0), padded(1, time=6)
     whole = energy_loss(toy, clean, noise, config, used_B=USED)
     own = energy_loss(toy, cut(clean), cut(noise), config)

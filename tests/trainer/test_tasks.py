@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.objective import ObjectiveConfig
@@ -114,6 +115,26 @@ def test_gradients_reach_every_weight(kind: Any, progress: float) -> None:
     missing = [name for name, parameter in task.net.named_parameters() if parameter.grad is None]
     assert not missing
     assert not any(value.requires_grad for name, value in losses.items() if name != "loss")
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes a host wait for its accelerator."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(word in str(func) for word in self.WAITS), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["shortcut", "energy"])
+def test_no_step_waits_for_the_device(kind: Any) -> None:
+    objective = ObjectiveConfig(kind=kind, motion_weight=1.0)
+    task, batch = make_task(noise_dims=3, objective=objective), make_batch()
+    with NoSync():
+        task(batch, torch.Generator(), Moment(0.9))["loss"].backward()
+    with NoSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        batch.proprio_BTS.sum().item()
 
 
 def test_losses_depend_on_generator_and_progress_only() -> None:

@@ -70,7 +70,7 @@ def steps(task, shapes, count, first=0):
 
 
 def test_no_graph_is_made_after_the_warm_up_and_none_breaks():
-    task, graphs = make_task()
+    task, graphs = make_task(motion_weight=1.0)
     shapes = clip_shapes(
         [LoaderConfig(clip_frames=4, batch_size=6), LoaderConfig(clip_frames=8, batch_size=3)], 1
     )

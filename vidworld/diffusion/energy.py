@@ -59,23 +59,30 @@ def energy_score(samples_MXD: Tensor, target_XD: Tensor, *, fairness: float = 1.
 
 
 def frame_energy_scores(
-    samples_M: Frames, target: Frames, config: EnergyConfig, used_B: Tensor | None = None
+    samples_M: Frames,
+    target: Frames,
+    config: EnergyConfig,
+    used_B: Tensor | None = None,
+    weight_BTV1hw: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [B, T] of latents (mean over patches plus whole frames) and of proprioception.
 
     `samples_M` has an axis of samples in front of each tensor. Norms are divided by the root of their
     dimensions, so that each score is of the order of the error of one value. `used_B`: the share of a row's
     latents that is not padding, where samples and target are both zero; whole patches of it, in number and in
-    dimensions.
+    dimensions. `weight_BTV1hw`: weights of latent positions; a patch gets their mean, whole frames none.
     """
 
     def scaled(samples: Tensor, target: Tensor) -> Tensor:
         score = energy_score(samples.float(), target.float(), fairness=config.fairness)
         return score / max(1, target.shape[-1]) ** 0.5
 
-    patches = scaled(
+    patches_BTVhw = scaled(
         _patches(samples_M.latents_BTVChw, config.patch), _patches(target.latents_BTVChw, config.patch)
-    ).mean((-3, -2, -1))
+    )
+    if weight_BTV1hw is not None:
+        patches_BTVhw = patches_BTVhw * _patches(weight_BTV1hw, config.patch).mean(-1)
+    patches = patches_BTVhw.mean((-3, -2, -1))
     whole = scaled(samples_M.latents_BTVChw.flatten(-4), target.latents_BTVChw.flatten(-4))
     if used_B is not None:
         patches, whole = patches / used_B[:, None], whole / used_B[:, None].sqrt()

@@ -4,6 +4,7 @@ All randomness comes from an explicit generator or arrives as noise. Context str
 (the `Predict` closes over them): here are only the frames to be denoised.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vidworld.diffusion.energy import EnergyConfig, frame_energy_scores
 from vidworld.diffusion.energy import energy_score as energy_score
+from vidworld.diffusion.motion import motion_weights
 from vidworld.diffusion.path import advance, clean_from, constant_level, mix, shift, velocity
 from vidworld.diffusion.predict import Predict
 from vidworld.errors import ConfigError
@@ -36,6 +38,9 @@ class ObjectiveConfig:
     """Extra mass of flow levels at tau = 0, where few-step sampling starts."""
     proprio_weight: float = 0.2
     """Weight of proprioception against the latents."""
+    motion_weight: float = 0.0
+    """Weight of latents where the picture changes, see `motion.motion_weights`: 1 shares half of a clip's
+    weight by change; 0 weighs all places alike."""
     ramp: tuple[float, float] = (0.9, 0.1)
     """Weight of a frame at level tau: ramp[0] * tau + ramp[1]."""
     shift: Literal["auto", "none"] = "auto"
@@ -51,10 +56,12 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"objective.{name}", got=value, expected="a share from 0 to 1")
-        if self.proprio_weight < 0 or min(self.ramp[1], sum(self.ramp)) < 0:
-            raise ConfigError(
-                "objective weights", got=(self.proprio_weight, self.ramp), expected="none below 0"
+        weights = (self.proprio_weight, self.motion_weight, self.ramp[1], sum(self.ramp))
+        if not min(weights) >= 0 or not all(map(math.isfinite, weights)):
+            got = (
+                f"proprio_weight {self.proprio_weight}, motion_weight {self.motion_weight}, ramp {self.ramp}"
             )
+            raise ConfigError("objective weights", got=got, expected="none below 0")
 
 
 @dataclass(frozen=True)
@@ -159,10 +166,11 @@ def shortcut_loss(
     1; all zero gives exactly 0). `denominator` replaces the sum of the weights, so that accumulated
     micro-batches of unequal weight add up to one large batch. Where pictures are padded with zeros in
     `clean`, `noise` and what `predict` gives, `used_B` is the share of a row's latents that is not padding:
-    the mean is then over those alone.
+    the mean is then over those alone. With `config.motion_weight` the mean over latents is weighted by
+    `motion_weights(clean)`, for which every frame of `clean` counts.
 
     Returns "loss" to minimise, and for the log "flow" and "bootstrap" (the same over their rows), "latents"
-    and "proprio" (the mean squared errors, unweighted by the ramp).
+    and "proprio" (the plain mean squared errors, without ramp and motion weight).
     """
     z = mix(clean, noise, draws.level)
     target, num_bootstrap = clean, draws.num_bootstrap
@@ -170,12 +178,19 @@ def shortcut_loss(
         rows = slice(0, num_bootstrap)
         taught = bootstrap_target(predict_rows, z[rows], draws.level[rows], draws.step_BT[rows])
         target = Frames.cat([taught, clean[num_bootstrap:]], 0)
-    errors = predict(z, draws.level, draws.step_BT).map(_mean_squared_error, target)
+    squared = predict(z, draws.level, draws.step_BT).map(_squared_error, target)
+    errors = squared.map(_mean_of_frame)
     latents_BT, proprio_BT = errors.latents_BTVChw, errors.proprio_BTS
     if used_B is not None:
         latents_BT = latents_BT / used_B[:, None]
+    weighted_BT = latents_BT
+    if config.motion_weight:
+        moving_BTV1hw = motion_weights(clean, config.motion_weight, used_B)
+        weighted_BT = _mean_of_frame(squared.latents_BTVChw * moving_BTV1hw)
+        if used_B is not None:
+            weighted_BT = weighted_BT / used_B[:, None]
     ramp_BT = config.ramp[0] * draws.level.signal + config.ramp[1]
-    loss_BT = ramp_BT * (latents_BT + config.proprio_weight * proprio_BT)
+    loss_BT = ramp_BT * (weighted_BT + config.proprio_weight * proprio_BT)
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
     return {
         "loss": weighted_mean(loss_BT, weight_BT, denominator),
@@ -201,7 +216,8 @@ def energy_loss(
     `noise` and what `predict` gives hold the M samples one after another along time [B, M * T], one target
     stream a sample. Never couple them: no shared noise, no attention between samples. Weights as in
     `shortcut_loss`. With `used_B` patches are averaged over those that are not padding, and whole frames have
-    their own number of dimensions.
+    their own number of dimensions. With `config.motion_weight` patches are weighted by the mean of
+    `motion_weights(clean)` in them, and the score of whole frames stays as it is.
 
     Returns "loss", and for the log "latents" and "proprio" (their scores).
     """
@@ -209,7 +225,8 @@ def energy_loss(
     level = constant_level(noise, 0.0)
     predicted = predict(noise, level, torch.ones_like(level.signal))
     samples_M = predicted.map(lambda tensor: tensor.unflatten(1, (num_samples, -1)).movedim(1, 0))
-    latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy, used_B)
+    moving_BTV1hw = motion_weights(clean, config.motion_weight, used_B) if config.motion_weight else None
+    latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy, used_B, moving_BTV1hw)
     loss_BT = latents_BT + config.proprio_weight * proprio_BT
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
     return {
@@ -226,8 +243,13 @@ def weighted_mean(value_BT: Tensor, weight_BT: Tensor, denominator: Tensor | flo
     return total / torch.where(count > 0, count, 1.0)
 
 
-def _mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over all axes but batch and time, in float32 or better; 0 where a frame has no values."""
-    difference = (predicted - target).flatten(2)
-    squared = difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
+def _squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """In float32 or better."""
+    difference = predicted - target
+    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
+
+
+def _mean_of_frame(squared: Tensor) -> Tensor:
+    """Mean over all axes but batch and time; 0 where a frame has no values."""
+    squared = squared.flatten(2)
     return squared.mean(-1) if squared.shape[-1] else squared.sum(-1)
