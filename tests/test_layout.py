@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vidworld"
 LEVELS = {
     **dict.fromkeys(
-        ("errors", "config", "contract", "files", "types", "media", "output", "page", "plots"), 0
+        ("errors", "config", "contract", "files", "types", "media", "output", "page", "plots", "quantize"), 0
     ),
     **dict.fromkeys(("data", "tokenizers", "model", "diffusion", "lab"), 1),
     "world": 2,

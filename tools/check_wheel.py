@@ -1,4 +1,7 @@
-"""Build the wheel, check that it holds only `vidworld`, and run its command line from another directory."""
+"""Build the wheel, check that it holds only `vidworld`, and run its command line from another directory.
+
+A world that comes with the package is rolled out from there too.
+"""
 
 import subprocess
 import sys
@@ -7,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+ROLLOUT = ["--frames", "1", "--samples", "1", "--device", "cpu", "--out", "rolled"]
 
 
 def build_wheel(folder: Path) -> Path:
@@ -47,6 +51,18 @@ def main() -> None:
             )
             if done.returncode or str(unpacked) not in done.stdout:
                 sys.exit(f"vidworld {' '.join(arguments)} failed from the wheel:\n{done.stdout}{done.stderr}")
+        absent = "weights of 'lab' are not in this copy"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, str(unpacked), "rollout", "lab", *ROLLOUT],
+            cwd=elsewhere,
+            capture_output=True,
+            text=True,
+        )
+        here = (ROOT / "vidworld" / "weights" / "lab" / "model.safetensors").is_file()
+        if done.returncode != (0 if here else 2) or (not here and absent not in done.stderr):
+            sys.exit(f"vidworld rollout lab failed from the wheel:\n{done.stdout}{done.stderr}")
+        if not (unpacked / "vidworld" / "weights" / "lab" / "prompts" / "manifest.json").is_file():
+            sys.exit("the wheel lacks the prompts of the lab")
         print(f"wheel check: {wheel.name} holds only vidworld and its command line runs")
 
 

@@ -8,6 +8,7 @@ import torch
 
 import vidworld
 from vidworld import cli
+from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError
 from vidworld.world.prompt import Prompt
 
@@ -44,7 +45,7 @@ def test_bf16_is_half_the_size_and_close(export, untrained_run, tmp_path):
     assert export() == 0
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     exact = imagine(tmp_path / "out")
-    assert export("--dtype", "bf16", "--overwrite") == 0
+    assert export("--precision", "bf16", "--overwrite") == 0
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 0.6 * size
     rounded = imagine(tmp_path / "out")
     relative = float((rounded - exact).norm() / exact.norm())
@@ -81,3 +82,42 @@ def test_a_run_is_never_overwritten(untrained_run, tmp_path, capsys):
     assert json.loads((untrained_run / "world.json").read_text()) == before
     assert cli.run(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_int8_is_a_quarter_of_the_size_and_close(export, untrained_run, tmp_path):
+    assert export() == 0
+    exact, whole = imagine(tmp_path / "out"), vidworld.load(tmp_path / "out", "cpu")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert export("--precision", "int8", "--overwrite") == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors")) < 0.45 * size
+    shipped = vidworld.load(tmp_path / "out", "cpu")
+    assert shipped.tokenizer.digest != whole.tokenizer.digest
+    assert shipped.spec.tokenizer_digest == shipped.tokenizer.digest
+    relative = float((imagine(tmp_path / "out") - exact).norm() / exact.norm())
+    assert 0 < relative < 0.1
+    picture = torch.randint(0, 256, (1, 1, 1, 32, 32, 3), dtype=torch.uint8)
+    apart = shipped.encode(picture) - whole.encode(picture)
+    assert 0 < float(apart.norm() / whole.encode(picture).norm()) < 0.05
+
+
+def test_prompts_go_along_and_begin_a_rollout(export, planar_data, tmp_path, capsys):
+    assert export("--prompts", str(planar_data)) == 0
+    asked = ["--frames", "2", "--samples", "1"]
+    assert cli.run(["rollout", str(tmp_path / "out"), *asked, "--out", str(tmp_path / "rolled")]) == 0
+    first = ShardDataset.open(planar_data).manifest.samples("val")[0].key
+    assert json.loads((tmp_path / "rolled" / "rollout.json").read_text())["prompt"]["key"] == first
+    other = ShardDataset.open(planar_data).manifest.samples("train")[0].key
+    named = ["--prompt", other, "--out", str(tmp_path / "named")]
+    assert cli.run(["rollout", str(tmp_path / "out"), *asked, *named]) == 0
+    assert cli.run(["export", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "prompts" / "manifest.json").is_file()
+    assert "prompts/" in (tmp_path / "again" / "README.md").read_text()
+    capsys.readouterr()
+    assert export("--prompts", str(tmp_path / "none"), "--overwrite") == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_without_prompts_a_rollout_asks_for_one(export, tmp_path, capsys):
+    assert export() == 0
+    assert cli.run(["rollout", str(tmp_path / "out"), "--out", str(tmp_path / "rolled")]) == 2
+    assert "--prompt" in capsys.readouterr().err

@@ -2,24 +2,27 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
 import tyro
 from safetensors.torch import save_file
 
 from vidworld import __version__
 from vidworld.config import parse
 from vidworld.contract import ActionContract
+from vidworld.data.shards import ShardDataset
+from vidworld.evaluation.grounding import ground_episode
 from vidworld.output import output_directory
-from vidworld.tokenizers.store import copy_tokenizer, has_weights
+from vidworld.quantize import Precision, compress
+from vidworld.tokenizers.conv import ConvTokenizer
+from vidworld.tokenizers.store import copy_tokenizer, has_weights, save_tokenizer
 from vidworld.world.load import Files, find, load
 from vidworld.world.world import WorldModel
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, MANIFEST, PROMPTS = "model.safetensors", "manifest.json", "prompts"
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,18 @@ class Options:
 
     It holds world.json, tokenizer/, model.safetensors (the averaged weights), a manifest with checksums and a
     README, no pickle and no code. `vidworld.load(folder)` opens it. A pretrained tokenizer goes along as the
-    path and digest of its weights, or whole.
+    path and digest of its weights, or whole; our own is rounded as the network is.
     """
 
     run: tyro.conf.Positional[Path]
     """Directory of a trained world."""
     out: Path
     """Directory to write; it must not exist."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp32 repeats the run's numbers exactly. bf16 is half the size and rounds weights by up to 0.4 %, as
-    a GPU does anyway when it multiplies."""
+    a GPU does anyway when it multiplies. int8 is a quarter, with a scale for each row of a matrix."""
+    prompts: Path | None = None
+    """Dataset of a few episodes to pack along, whose first begins a rollout that names none."""
     with_tokenizer: bool = False
     """Copy the weights of a pretrained tokenizer too; mind their license. Our own always go along."""
     embodiment: str | None = None
@@ -53,7 +58,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
         size = export(
             options.run,
             folder,
-            options.dtype,
+            options.precision,
+            prompts=options.prompts,
             with_tokenizer=options.with_tokenizer,
             embodiment=options.embodiment,
         )
@@ -69,38 +75,60 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def export(
     run: Path,
     folder: Path,
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     *,
+    prompts: Path | None = None,
     with_tokenizer: bool = False,
     embodiment: str | None = None,
 ) -> int:
-    """Write an export into an empty folder; returns its bytes. Raises CheckpointError as `load` does."""
+    """Write an export into an empty folder; returns its bytes.
+
+    Prompts of an export go along to its own exports. Raises CheckpointError as `load` does, DataError or
+    ContractError for prompts that the world cannot begin with.
+    """
     files = find(run)
     world = load(run, "cpu", embodiment=embodiment)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    weights = {
-        name: tensor.to(precision if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
-        for name, tensor in world.model.state_dict().items()
-    }
+    spec = world.spec
+    if prompts := prompts or files.prompts:
+        _copy_prompts(world, prompts, folder / PROMPTS)
     # One entry only: safetensors writes several in an order that changes from run to run.
+    weights = compress(world.model.state_dict(), precision)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    world.spec.write(folder)
-    copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
-    (folder / "README.md").write_text(model_card(world, files, dtype))
+    (folder / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it, and it is there to be shared
+    if isinstance(world.tokenizer, ConvTokenizer) and precision != "fp32":
+        digest = save_tokenizer(world.tokenizer, folder / "tokenizer", precision=precision)
+        spec = replace(spec, tokenizer_digest=digest)
+    else:
+        copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
+    spec.write(folder)
+    (folder / "README.md").write_text(model_card(world, files, precision, has_prompts=prompts is not None))
+    write_manifest(folder)
+    load(folder, "cpu")  # an export that does not open is no export
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of an export with its size and checksum."""
     listed = {
         str(path.relative_to(folder)): {
             "bytes": path.stat().st_size,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         }
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != folder / MANIFEST
     }
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "files": listed}, indent=1) + "\n")
-    load(folder, "cpu")  # an export that does not open is no export
-    return sum(file["bytes"] for file in listed.values())
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": listed}, indent=1) + "\n")
 
 
-def model_card(world: WorldModel, files: Files, dtype: str) -> str:
+def _copy_prompts(world: WorldModel, prompts: Path, out: Path) -> None:
+    """Copy a dataset, once its first episode has turned out to be a prompt of this world."""
+    dataset = ShardDataset.open(prompts)
+    dataset.verify_all()
+    ground_episode(dataset, dataset.manifest.samples()[0].key, world.spec, context=1)
+    shutil.copytree(prompts, out, ignore=shutil.ignore_patterns("*.png"))
+
+
+def model_card(world: WorldModel, files: Files, precision: Precision, *, has_prompts: bool) -> str:
     """The README of an export: what it is, how to use it, what its numbers mean, where it came from."""
     spec, sampler = world.spec, world.spec.sampler
     first = spec.contracts[0].embodiment
@@ -115,6 +143,7 @@ def model_card(world: WorldModel, files: Files, dtype: str) -> str:
     embodiment = f', embodiment="{first}"' if len(shown.contracts) > 1 else ""
     views = "" if len(shown.views) == 1 else f"{len(shown.views)}, "
     contracts = "\n".join(_contract_section(contract) for contract in spec.contracts)
+    roll = "\n`vidworld rollout path/to/this/folder --out rollout` begins with an episode of `prompts/`.\n"
     return f"""---
 library_name: vidworld
 tags: [robotics, world-model, video-diffusion, simulation]
@@ -138,11 +167,11 @@ with torch.no_grad():
     state, seen = world.step(state, [{zeros}])
 print(seen.video_BVHWC.shape, seen.proprio_BS.shape)
 ```
-
+{roll if has_prompts else ""}
 | | |
 |---|---|
 | pictures | {pictures} |
-| network | {parameters:.1f}M parameters, {spec.model.width} wide, {spec.model.depth} deep, in {dtype} |
+| network | {parameters:.1f}M parameters, {spec.model.width} wide, {spec.model.depth} deep, in {precision} |
 | sampler | {sampler.steps} {sampler.method} steps a frame, window of {sampler.window} frames |
 | checkpoint | `{files.checkpoint}`, vidworld {__version__} |
 | dataset | digest `{spec.dataset_digest or "not recorded"}` |

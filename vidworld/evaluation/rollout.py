@@ -25,7 +25,14 @@ from vidworld.evaluation.imagining import Imagination, Imagined, Watch
 from vidworld.evaluation.policy import Actor, open_policy, parse_keys
 from vidworld.evaluation.preview import Preview
 from vidworld.evaluation.rollout_files import PLAIN, Shown, side_by_side
-from vidworld.evaluation.rollout_inputs import DEFAULT_FRAMES, Scene, branches, embodiment, scenes
+from vidworld.evaluation.rollout_inputs import (
+    DEFAULT_FRAMES,
+    Scene,
+    branches,
+    embodiment,
+    scenes,
+    with_prompt,
+)
 from vidworld.evaluation.rollout_options import Options
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
@@ -59,6 +66,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> dict[str, Any]:
     """Do what the options say, write every file into `folder`, return what `rollout.json` holds."""
     options.check()
+    options = with_prompt(options, find(options.run).prompts)
     world = load(options.run, options.device)
     if world.spec.layouts:
         world = narrow(world, [embodiment(options, world.spec)])

@@ -3,7 +3,7 @@
 Shapes: T frames, A action dims.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,18 @@ class Scene:
     """Of its folder, unique in a rollout."""
     grounding: Grounding
     commands: Commands | None
+
+
+def with_prompt(options: Options, own: Path | None) -> Options:
+    """The options with a prompt: where none is named an episode, and of the world's own dataset at need."""
+    data = options.data
+    if data is None and not any(map(_is_file, options.prompt)):
+        data = own
+    if options.prompt or data is None:
+        return replace(options, data=data)
+    manifest = ShardDataset.open(data).manifest
+    first = (manifest.samples("val") or manifest.samples())[0]
+    return replace(options, data=data, prompt=(first.key,))
 
 
 def embodiment(options: Options, spec: WorldSpec) -> str:

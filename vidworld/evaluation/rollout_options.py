@@ -23,13 +23,14 @@ class Options:
     """
 
     run: tyro.conf.Positional[Path]
-    """Directory of a trained world: a run or an export."""
+    """Directory of a trained world: a run or an export. Or `lab`, the world that comes with vidworld."""
     out: Path
     """Directory to write; it must not exist."""
-    prompt: tuple[str, ...]
-    """Episode ids, or files of pictures or videos: one a view, in the world's order."""
+    prompt: tuple[str, ...] = ()
+    """Episode ids, or files of pictures or videos: one a view, in the world's order. Default: the first
+    held-out episode of --data."""
     data: Path | None = None
-    """Dataset directory, for episodes."""
+    """Dataset directory, for episodes. Default: the prompts that came with the world, if any."""
     actions: str = ""
     """Default: `episode` for an episode, else `sweep`."""
     policy: str = ""

@@ -5,6 +5,7 @@ or damaged folder is refused and never loaded. Of a pretrained autoencoder the f
 only, with the path of the weights, which stay where they are; `copy_tokenizer` brings them along.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from vidworld.config import from_mapping, to_mapping
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.files import write_atomic
+from vidworld.quantize import Precision, compress, restore, rounded
 from vidworld.tokenizers.base import Tokenizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.diffusers_folder import CONFIG, INDEX, find_folder, load_folder, weight_files
@@ -36,17 +38,20 @@ KINDS = (ConvTokenizer.kind, PretrainedTokenizer.kind)
 C = TypeVar("C")
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path | str) -> str:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path | str, *, precision: Precision = "fp32") -> str:
     """Write a tokenizer into a folder, making it, and return the digest; equal tokenizers give equal bytes.
 
-    Of a pretrained one the description only, with the path that it was loaded from. Raises CheckpointError
-    when it cannot be written.
+    Of a pretrained one the description only, with the path that it was loaded from. In another `precision`
+    our own is written rounded, which is another tokenizer with another digest. Raises CheckpointError when it
+    cannot be written.
     """
     directory = Path(directory)
     match tokenizer:
         case ConvTokenizer():
-            tensors = tokenizer.state_dict().items()
-            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors})
+            content = save(compress(tokenizer.state_dict(), precision))
+            if precision != "fp32":
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.load_state_dict(rounded(tokenizer.state_dict(), precision))
             description = _describe(tokenizer)
         case PretrainedTokenizer():
             assert tokenizer.source is not None, "a pretrained tokenizer is saved as where it is"
@@ -253,8 +258,10 @@ def _config(cls: type[C], description: Mapping[str, Any], folder: Path) -> C:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        weights = restore(load_file(path))
+        halves = {name: tensor.float() for name, tensor in weights.items() if tensor.dtype == torch.bfloat16}
+        return weights | halves
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             "cannot read the tokenizer's weights", where=path, got=error, fix="copy the folder again"
         ) from None

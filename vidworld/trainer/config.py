@@ -18,6 +18,7 @@ from vidworld.trainer.engine import EngineConfig
 from vidworld.trainer.logging import WandbMode
 from vidworld.trainer.loop_config import LoopConfig
 from vidworld.trainer.optim import OptimConfig
+from vidworld.world.shipped import resolve
 from vidworld.world.spec import SamplerSettings
 
 
@@ -131,7 +132,8 @@ class WorldTraining(DataChoice):
     seed: int = 0
     init: Path | None = None
     """World run whose averaged weights this one starts from, such as for an energy-score fine-tune, or to add
-    an embodiment: those that it knows stay known."""
+    an embodiment: those that it knows stay known. A name ("lab") is the world that comes with vidworld; as
+    `tokenizer` too."""
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
@@ -201,7 +203,7 @@ def read_training(path: Path) -> Training:
 def absolute(training: Training) -> Training:
     """The same settings with absolute paths, so that a saved run repeats itself from any directory."""
     paths = {
-        name: anchored(value)
+        name: anchored(resolve(value) if name in ("tokenizer", "init") and not value.exists() else value)
         for name in ("data", "tokenizer", "latents", "init")
         if isinstance(value := getattr(training, name, None), Path)
     }

@@ -12,6 +12,7 @@ from vidworld.errors import CheckpointError
 from vidworld.model.dit import CausalDiT
 from vidworld.model.embodiments import carry_over
 from vidworld.model.normalizer import Normalizer
+from vidworld.quantize import restore
 from vidworld.tokenizers.base import Tokenizer
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
@@ -74,8 +75,8 @@ def load_weights(model: nn.Module, path: Path, *, adapt: Callable[[Weights], Wei
     is missing, what is left over and what has another shape, and the module is left as it was.
     """
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+        weights = restore(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError("cannot read the weights", where=path, got=error) from None
     if adapt is not None:
         weights = adapt(weights)

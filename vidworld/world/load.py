@@ -9,6 +9,7 @@ import torch
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.store import load_tokenizer
 from vidworld.world.build import build, load_weights, narrow
+from vidworld.world.shipped import prompts_of, resolve
 from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
 from vidworld.world.world import WorldModel
 
@@ -27,6 +28,11 @@ class Files:
         """The tokenizer's folder."""
         return self.directory / "tokenizer"
 
+    @property
+    def prompts(self) -> Path | None:
+        """Dataset of episodes that came along to begin rollouts with, if any."""
+        return prompts_of(self.directory)
+
 
 def load(
     path: Path | str,
@@ -37,10 +43,10 @@ def load(
 ) -> WorldModel:
     """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
 
-    `device` defaults to the GPU if there is one. `embodiment` gives the world of that robot alone, which a
-    world of robots that see differently needs before it can be reset. Weights are held in float32 whatever
-    the file's precision; see `WorldModel` for what `autocast` does. Parameters do not require grad; actions
-    may.
+    A name such as "lab" opens the world of that name that comes with the package. `device` defaults to the
+    GPU if there is one. `embodiment` gives the world of that robot alone, which a world of robots that see
+    differently needs before it can be reset. Weights are held in float32 whatever the file's precision; see
+    `WorldModel` for what `autocast` does. Parameters do not require grad; actions may.
     Raises CheckpointError saying what is missing, damaged or of another architecture, ConfigError for a
     device that is not here.
     """
@@ -70,8 +76,8 @@ def usable_device(name: torch.device | str | None) -> torch.device:
 
 
 def find(path: Path | str) -> Files:
-    """Find the newest weights of a run, or those of an export; raises CheckpointError."""
-    directory = Path(path)
+    """Find the newest weights of a run, or those of an export or a name; raises CheckpointError."""
+    directory = resolve(path)
     if not (directory / FILE_NAME).is_file():
         raise CheckpointError(
             f"no {FILE_NAME}",
