@@ -91,3 +91,13 @@ def test_statistics_refuse_what_is_not_finite():
 def test_contract_refuses_statistics_of_another_width():
     with pytest.raises(ContractError, match="proprio statistics"):
         dataclasses.replace(make_contract(), proprio=(Dimension("a"),))
+
+
+def test_pooled_statistics_are_those_of_all_rows() -> None:
+    rng = np.random.default_rng(1)
+    one, two = rng.normal(size=(300, 3)), rng.normal(2.0, 3.0, size=(70, 3))
+    pooled, both = Statistics.of(one).pooled(Statistics.of(two)), Statistics.of(np.concatenate([one, two]))
+    for name in ("minimum", "maximum", "mean", "std", "count"):
+        np.testing.assert_allclose(getattr(pooled, name), getattr(both, name), rtol=1e-12, err_msg=name)
+    assert (np.array(pooled.q01) <= np.array(both.q01)).all()
+    assert (np.array(pooled.q99) >= np.array(both.q99)).all()

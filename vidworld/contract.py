@@ -71,6 +71,28 @@ class Statistics:
             count=len(values),
         )
 
+    def pooled(self, other: "Statistics") -> "Statistics":
+        """Statistics of both sets of rows together.
+
+        All exact but the quantiles, which their parts do not tell: theirs are the outer ones of the two, so
+        that no row of either set is scaled further out than it was alone.
+        """
+        count = self.count + other.count
+        share = other.count / count
+        mean = np.array(self.mean) + share * (np.array(other.mean) - self.mean)
+        spread = (1 - share) * np.square(self.std) + share * np.square(other.std)
+        between = share * (1 - share) * np.square(np.array(other.mean) - self.mean)
+        outer = {"minimum": min, "maximum": max, "q01": min, "q99": max}
+        return Statistics(
+            mean=tuple(map(float, mean)),
+            std=tuple(map(float, np.sqrt(spread + between))),
+            count=count,
+            **{
+                name: tuple(map(choose, getattr(self, name), getattr(other, name)))
+                for name, choose in outer.items()
+            },
+        )
+
 
 @dataclass(frozen=True)
 class ActionContract:
@@ -184,6 +206,22 @@ class ActionContract:
                     expected=_brief(mine),
                     fix="use the dataset that the checkpoint was trained on, or train anew",
                 )
+
+    def require_same_robot(self, other: "ActionContract", *, where: object) -> None:
+        """Refuse a contract whose numbers mean something else; statistics and notes may differ."""
+        own = {}
+        for role in ("action", "proprio"):
+            if len(getattr(self, role)) == len(getattr(other, role)):
+                own[f"{role}_statistics"] = getattr(self, f"{role}_statistics")
+        self.require_equal(dataclasses.replace(other, note=self.note, **own), where=where)
+
+    def pooled(self, other: "ActionContract") -> "ActionContract":
+        """The contract of both datasets of one robot together; `require_same_robot` must hold."""
+        return dataclasses.replace(
+            self,
+            action_statistics=self.action_statistics.pooled(other.action_statistics),
+            proprio_statistics=self.proprio_statistics.pooled(other.proprio_statistics),
+        )
 
     def _check_range(self, actions: np.ndarray, where: object) -> None:
         lowest, highest = self.accepted_range

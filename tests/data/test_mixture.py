@@ -190,6 +190,17 @@ def test_embodiments_are_joined_by_name() -> None:
     ]
 
 
+def test_statistics_of_one_robot_are_pooled() -> None:
+    one, two = robot("a", 2), robot("a", 2)
+    wider = dataclasses.replace(two.action_statistics, minimum=(-9.0, -9.0), q01=(-8.0, -8.0), count=300)
+    two = dataclasses.replace(two, action_statistics=wider)
+    (joined,) = unread(manifest(one, "p"), manifest(two, "q", (11,))).contracts
+    assert joined.action_statistics == one.action_statistics.pooled(wider)
+    assert joined.action_statistics.minimum == (-9.0, -9.0)
+    assert joined.proprio_statistics.count == 2 * one.proprio_statistics.count
+    joined.require_same_robot(two, where="q")
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [

@@ -12,7 +12,7 @@ from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ContractError
 from vidworld.evaluation import commands
-from vidworld.evaluation.grounding import ground_episode, require_same_robot
+from vidworld.evaluation.grounding import ground_episode
 from vidworld.world.spec import WorldSpec
 
 
@@ -301,10 +301,10 @@ def test_another_dataset_of_the_same_robot_is_welcome():
     arm = contract("velocity", "position")
     shifted = np.random.default_rng(1).uniform(0, 2, (50, 2))
     fields = (arm.action, arm.proprio, Statistics.of(shifted), Statistics.of(shifted))
-    require_same_robot(arm, ActionContract("arm", 10.0, *fields, note="another day"), where="data")
+    arm.require_same_robot(ActionContract("arm", 10.0, *fields, note="another day"), where="data")
     with pytest.raises(ContractError, match="rate_hz"):
-        require_same_robot(arm, ActionContract("arm", 20.0, *fields), where="data")
+        arm.require_same_robot(ActionContract("arm", 20.0, *fields), where="data")
     with pytest.raises(ContractError, match="action of embodiment"):
-        require_same_robot(arm, contract("velocity", "velocity"), where="data")
+        arm.require_same_robot(contract("velocity", "velocity"), where="data")
     with pytest.raises(ContractError, match="action of embodiment"):
-        require_same_robot(arm, contract("velocity"), where="data")
+        arm.require_same_robot(contract("velocity"), where="data")

@@ -16,9 +16,10 @@ def counted(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("noise_dims", [0, 3])
-def test_one_frame_counts_what_torch_counts(make_model, make_clip, noise_dims):
-    model, clip = make_model(noise_dims=noise_dims), make_clip(time=1, batch=2, noise_dims=noise_dims)
+@pytest.mark.parametrize(("noise_dims", "modulation_rank"), [(0, 0), (3, 0), (3, 8)])
+def test_one_frame_counts_what_torch_counts(make_model, make_clip, noise_dims, modulation_rank):
+    model = make_model(noise_dims=noise_dims, modulation_rank=modulation_rank)
+    clip = make_clip(time=1, batch=2, noise_dims=noise_dims)
     torch_count = counted(lambda: model(*clip.parts(), streams=Streams(1)))
     assert torch_count == 2 * forward_flops(model, Streams(1))
 

@@ -31,6 +31,18 @@ def test_groups_by_name(make_model):
     assert names[model.token_embedding.view_VD] in {names[p] for p in groups.vectors}
 
 
+def test_modulation_of_low_rank(make_model):
+    model = make_model(modulation_rank=4)
+    for block in model.blocks:
+        inner, outer = block.modulation
+        assert inner.weight.shape == (4, 64)
+        assert inner.weight.std() > 0
+        assert outer.weight.shape == (64 * block.num_parts, 4)
+        assert any(inner.weight is weight for weight in parameter_groups(model).weights)
+    fresh = CausalDiT(model.config, model.shape)
+    assert not any(block.modulation[1].weight.any() for block in fresh.blocks), "blocks start as the identity"
+
+
 def test_muon_takes_its_parameters():
     model = CausalDiT(DiTConfig(width=32, depth=4, num_heads=2), FrameShape(1, 3, 4, 4, 2, 2))
     torch.optim.Muon(muon_parameters(model), lr=0.02)

@@ -59,7 +59,9 @@ def frames_per_s_bound(
     config, tokens = model.config, model.tokens_per_frame
     width = 2 if half else 4
     dense = sum(parameter.numel() for parameter in muon_parameters(model))
-    modulation = sum(p.numel() for name, p in model.named_parameters() if name.endswith("modulation.weight"))
+    modulation = sum(
+        p.numel() for name, p in model.named_parameters() if "modulation." in name and p.ndim == 2
+    )
     timed = sum(map(config.attends_time, range(config.depth)))
     cached = timed * batch * tokens * window * 2 * config.num_kv_heads * config.head_dim * width
     per_frame = 2 * tokens * dense + 4 * config.width * (config.depth * tokens**2 + timed * tokens * window)

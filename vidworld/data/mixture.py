@@ -32,6 +32,10 @@ from vidworld.types import Layout
 
 PERIOD = 1000
 """Clips over which the shares are exact: weights count in thousandths."""
+RENAME = (
+    "they are two robots to a model: shard one again with another `embodiment:` in its contract file, or "
+    "shard both into one dataset"
+)
 VERSION = 1
 """Version of the mixture's order: raised when the same key would give other clips."""
 
@@ -53,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets of one kind, with weights; their embodiments are joined by name.
+    """Datasets of one kind, with weights; their embodiments are joined by name, their statistics pooled.
 
     Raises ConfigError for weights that make no shares, DataError for datasets that do not go together (kind,
     tokenizer, the same one twice), ContractError where one name stands for two robots.
@@ -141,21 +145,30 @@ class Mixture:
         for part in self.parts:
             layout = layout_of(part.manifest)
             for contract in part.manifest.contracts:
-                name = contract.embodiment
-                known, known_layout = joined.setdefault(name, (contract, layout))
-                first = owner.setdefault(name, part)
-                if known.digest == contract.digest and known_layout == layout:
+                name, where = contract.embodiment, part.dataset.directory
+                if name not in joined:
+                    joined[name], owner[name] = (contract, layout), part
                     continue
-                what = "action contract" if known.digest != contract.digest else "views, size or rate"
-                raise ContractError(
-                    f"embodiment {name!r} with another {what}",
-                    where=part.dataset.directory,
-                    got=contract.digest if what == "action contract" else str(layout),
-                    expected=f"{known.digest if what == 'action contract' else known_layout}, as in "
-                    f"{first.dataset.directory}",
-                    fix="they are two robots to a model: shard one again with another `embodiment:` in its "
-                    "contract file, or shard both into one dataset",
-                )
+                known, known_layout = joined[name]
+                if known_layout != layout:
+                    raise ContractError(
+                        f"embodiment {name!r} with another views, size or rate",
+                        where=where,
+                        got=layout,
+                        expected=f"{known_layout}, as in {owner[name].dataset.directory}",
+                        fix=RENAME,
+                    )
+                try:
+                    known.require_same_robot(contract, where=where)
+                except ContractError as error:
+                    raise ContractError(
+                        f"embodiment {name!r} with another action contract: {error.what}",
+                        where=where,
+                        got=error.got,
+                        expected=f"{error.expected}, as in {owner[name].dataset.directory}",
+                        fix=RENAME,
+                    ) from None
+                joined[name] = known.pooled(contract), layout
         return joined
 
     @property

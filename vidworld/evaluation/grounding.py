@@ -3,7 +3,6 @@
 Shapes: T frames, V views, H W pixels, A action dims, S proprio dims.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def ground_episode(
         raise DataError("views", where=where, got=", ".join(manifest.views), expected=", ".join(spec.views))
     _require_rate(manifest.fps, spec.fps, where)
     contract = spec.contracts[spec.embodiment_index(sample.embodiment, where=where)]
-    require_same_robot(contract, manifest.contract(sample.embodiment), where=where)
+    contract.require_same_robot(manifest.contract(sample.embodiment), where=where)
     left = sample.frames - start - context
     if context < 1 or start < 0 or left < (frames or 0):
         raise DataError(
@@ -193,23 +192,6 @@ def find_sample(dataset: ShardDataset, name: str) -> Sample:
         f"episode {name!r} " + ("has several samples" if named else "is not there"),
         where=dataset.directory,
         fix=f"take one of: {shown}",
-    )
-
-
-def require_same_robot(own: ActionContract, other: ActionContract, *, where: object) -> None:
-    """Refuse a dataset whose numbers mean something else; its statistics and notes may differ."""
-    own.require_equal(
-        dataclasses.replace(
-            other,
-            action_statistics=own.action_statistics
-            if len(own.action) == len(other.action)
-            else other.action_statistics,
-            proprio_statistics=own.proprio_statistics
-            if len(own.proprio) == len(other.proprio)
-            else other.proprio_statistics,
-            note=own.note,
-        ),
-        where=where,
     )
 
 

@@ -18,7 +18,6 @@ from vidworld.evaluation.grounding import (
     Grounding,
     default_context,
     ground_episode,
-    require_same_robot,
 )
 from vidworld.world.spec import SamplerConfig, WorldSpec
 
@@ -163,7 +162,7 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
         raise DataError(f"no episodes in split {settings.split!r}", where=dataset.directory)
     for name in dict.fromkeys(sample.embodiment for sample in samples):
         own = spec.contracts[spec.embodiment_index(name, where=dataset.directory)]
-        require_same_robot(own, dataset.manifest.contract(name), where=dataset.directory)
+        own.require_same_robot(dataset.manifest.contract(name), where=dataset.directory)
     length = settings.context + settings.frames
     fitting = [sample for sample in samples if sample.frames >= length]
     if not fitting:

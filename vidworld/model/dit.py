@@ -53,6 +53,9 @@ class DiTConfig:
     """Every so many blocks, one attends along time."""
     num_registers: int = 4
     """Tokens that hold no data, for global information (arXiv 2309.16588)."""
+    modulation_rank: int = field(default=0, metadata={"omit_default": True})
+    """Rank of each block's map from the condition to shift, scale and gate; 0 for full maps, which are nearly
+    half of the weights of a model."""
     noise_dims: int = 0
     """Size of the noise that selects one joint future of a frame (energy-score models); 0 for none."""
     attention: Backend = "auto"
@@ -63,7 +66,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
-        least = dict.fromkeys(counts, 1) | {"num_registers": 0, "noise_dims": 0}
+        least = dict.fromkeys(counts, 1) | {"num_registers": 0, "noise_dims": 0, "modulation_rank": 0}
         self._hold({name: (getattr(self, name) >= low, f"at least {low}") for name, low in least.items()})
         self._hold(
             {
@@ -170,7 +173,10 @@ class Block(nn.Module):
         self.time = SelfAttention(config) if config.attends_time(layer) else None
         self.mlp = SwiGLU(config)
         self.num_parts = 3 * (2 if self.time is None else 3)
-        self.modulation = nn.Linear(config.width, self.num_parts * config.width)
+        outputs, rank = self.num_parts * config.width, config.modulation_rank
+        self.modulation = nn.Linear(rank or config.width, outputs)
+        if rank:
+            self.modulation = nn.Sequential(nn.Linear(config.width, rank, bias=False), self.modulation)
 
     def forward(
         self,
@@ -268,7 +274,7 @@ class CausalDiT(nn.Module):
         """
         for block in self.blocks:
             for name, parameter in block.named_parameters():
-                if name.startswith("modulation."):
+                if name.startswith("modulation.") and not name.startswith("modulation.0."):
                     nn.init.zeros_(parameter)
                 elif parameter.ndim == 2:
                     nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

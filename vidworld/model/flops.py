@@ -37,7 +37,8 @@ def _weights_per_frame(model: CausalDiT) -> int:
     dense = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if name.endswith("modulation.weight")
+        if (".modulation." in f".{name}" and parameter.ndim == 2)
+        or name == "head_modulation.weight"
         or (name.startswith("condition_embedding.") and parameter.ndim == 2 and "embodiment" not in name)
     )
     actions = model.action_embedding.linear.weight_EIO[0].numel() * model.shape.actions_per_frame
