@@ -26,7 +26,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_that_share_clips_train_what_one_trains(
     latents: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path
 ) -> None:
-    objective = {"bootstrap_start": 0.3}
+    objective = {"bootstrap_start": 0.3, "resample_fraction": 0.5, "resample_start": 0.5}
     alone = settings.world(latents, tokenizer_run, objective=objective)
     train(alone, tmp_path / "alone", progress_bar=False)
     config = tmp_path / "shared.yaml"

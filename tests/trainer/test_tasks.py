@@ -129,7 +129,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["shortcut", "energy"])
 def test_no_step_waits_for_the_device(kind: Any) -> None:
-    objective = ObjectiveConfig(kind=kind, motion_weight=1.0)
+    objective = ObjectiveConfig(kind=kind, motion_weight=1.0, resample_fraction=0.5)
     task, batch = make_task(noise_dims=3, objective=objective), make_batch()
     with NoSync():
         task(batch, torch.Generator(), Moment(0.9))["loss"].backward()

@@ -78,7 +78,8 @@ def test_ten_steps_equal_five_and_five_in_a_fresh_process(
     if kind == "tokenizer":
         training = settings.tokenizer(planar, loop={"steps": 10, "log_every": 5})
     else:
-        training = settings.world(latents, tokenizer_run)
+        objective = {"resample_fraction": 0.3, "resample_start": 0.3, "motion_weight": 1.0}
+        training = settings.world(latents, tokenizer_run, objective=objective)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(training, whole, progress_bar=False)
     with monkeypatch.context() as patch:

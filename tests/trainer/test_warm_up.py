@@ -69,16 +69,20 @@ def steps(task, shapes, count, first=0):
             optimizer.zero_grad()
 
 
-def test_no_graph_is_made_after_the_warm_up_and_none_breaks():
-    task, graphs = make_task(motion_weight=1.0)
+@pytest.mark.parametrize(
+    ("imagined", "expected"), [(0.25, 2 + 2 + 1), pytest.param(0.5, 2 + 3 + 2, marks=pytest.mark.slow)]
+)
+def test_no_graph_is_made_after_the_warm_up_and_none_breaks(imagined, expected):
+    task, graphs = make_task(motion_weight=1.0, resample_fraction=imagined, resample_start=0.7)
     shapes = clip_shapes(
         [LoaderConfig(clip_frames=4, batch_size=6), LoaderConfig(clip_frames=8, batch_size=3)], 1
     )
     assert shapes == [ClipShape(6, 4), ClipShape(3, 8)]
     warm_up(task, shapes, CPU, no_autocast)
     made = graphs.frame_count
-    # Two kinds of block; with gradient on both lengths, and without on 1 or 2 rows of 6 and on 1 of 3.
-    assert made == 2 * (2 + 2 + 1)
+    # Two kinds of block; with gradient on both lengths. Without, half steps on 1 or 2 rows of 6, on 1 of 3;
+    # as many rows imagine a history in the same graphs, and half of the rows are 3 of 6 and 1 or 2 of 3.
+    assert made == 2 * expected
     steps(task, shapes, 20)
     assert graphs.frame_count == made
     assert not counters["graph_break"]
@@ -115,6 +119,16 @@ def test_energy_scores_have_one_shape():
     task, graphs = make_task(kind="energy", energy=EnergyConfig(samples=2))
     warm_up(task, [ClipShape(3, 4)], CPU, no_autocast)
     assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+def test_energy_scores_imagine_with_one_stream_of_targets():
+    task, graphs = make_task(kind="energy", resample_fraction=1.0)
+    warm_up(task, [ClipShape(3, 4)], CPU, no_autocast)
+    made = graphs.frame_count
+    assert made == 2 * 2, "two streams of targets in the loss, one to imagine with"
+    steps(task, [ClipShape(3, 4)], 20)
+    assert graphs.frame_count == made
 
 
 def test_the_line_says_what_was_chosen():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vidworld.diffusion.energy import EnergyConfig, frame_energy_scores
 from vidworld.diffusion.energy import energy_score as energy_score
+from vidworld.diffusion.history import LEAST_FRAMES
 from vidworld.diffusion.motion import motion_weights
 from vidworld.diffusion.path import advance, clean_from, constant_level, mix, shift, velocity
 from vidworld.diffusion.predict import Predict
@@ -43,6 +44,12 @@ class ObjectiveConfig:
     weight by change; 0 weighs all places alike."""
     ramp: tuple[float, float] = (0.9, 0.1)
     """Weight of a frame at level tau: ramp[0] * tau + ramp[1]."""
+    resample_fraction: float = 0.0
+    """Share of rows whose context is from some frame on what the model itself imagines (`history`)."""
+    resample_start: float = 0.7
+    """Share of training before that begins: the model must imagine well first."""
+    resample_passes: int = 1
+    """Frames in a row that are imagined as a rollout would; those after them see fewer imagined ones."""
     shift: Literal["auto", "none"] = "auto"
     """Shift of flow levels towards noise for latents of more than 4096 tokens x channels."""
     energy: EnergyConfig = field(default_factory=EnergyConfig)
@@ -52,16 +59,25 @@ class ObjectiveConfig:
         """Refuse values outside their range with ConfigError."""
         if self.finest_steps < 1 or self.finest_steps & (self.finest_steps - 1):
             raise ConfigError("objective.finest_steps", got=self.finest_steps, expected="a power of two")
-        for name in ("context_noise", "bootstrap_fraction", "bootstrap_start", "pure_noise_fraction"):
+        shares = ("context_noise", "bootstrap_fraction", "bootstrap_start", "pure_noise_fraction")
+        for name in (*shares, "resample_fraction", "resample_start"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"objective.{name}", got=value, expected="a share from 0 to 1")
+        if self.resample_passes < 1:
+            raise ConfigError("objective.resample_passes", got=self.resample_passes, expected="1 or more")
         weights = (self.proprio_weight, self.motion_weight, self.ramp[1], sum(self.ramp))
         if not min(weights) >= 0 or not all(map(math.isfinite, weights)):
             got = (
                 f"proprio_weight {self.proprio_weight}, motion_weight {self.motion_weight}, ramp {self.ramp}"
             )
             raise ConfigError("objective weights", got=got, expected="none below 0")
+
+    @property
+    def one_step(self) -> float:
+        """The step size that the model is told for a sample in one step: the largest that it learns."""
+        taught = self.kind == "energy" or (self.bootstrap_fraction > 0 and self.finest_steps > 1)
+        return 1.0 if taught else 1 / self.finest_steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,20 @@ def bootstrap_rows(config: ObjectiveConfig, batch_size: int, progress: float, co
     """
     if progress < config.bootstrap_start or config.finest_steps == 1:
         return 0
-    rows = batch_size * config.bootstrap_fraction
+    return _share_of_rows(config.bootstrap_fraction, batch_size, count)
+
+
+def resample_rows(
+    config: ObjectiveConfig, batch_size: int, num_frames: int, progress: float, count: int
+) -> int:
+    """Rows of a micro-batch with an imagined history, as `bootstrap_rows`; none where clips are too short."""
+    if progress < config.resample_start or num_frames < LEAST_FRAMES:
+        return 0
+    return _share_of_rows(config.resample_fraction, batch_size, count)
+
+
+def _share_of_rows(fraction: float, batch_size: int, count: int) -> int:
+    rows = batch_size * fraction
     return min(batch_size, int(rows * (count + 1) + 1e-6) - int(rows * count + 1e-6))
 
 

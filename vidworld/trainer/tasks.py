@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidworld.diffusion.history import draw_starts, imagined_history
 from vidworld.diffusion.objective import (
     ObjectiveConfig,
     bootstrap_rows,
@@ -21,9 +22,11 @@ from vidworld.diffusion.objective import (
     draw_levels,
     energy_loss,
     noise_like,
+    resample_rows,
     shortcut_loss,
 )
 from vidworld.diffusion.path import mix
+from vidworld.diffusion.predict import Predict
 from vidworld.errors import ConfigError, DataError
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
@@ -33,7 +36,7 @@ from vidworld.model.sequence import SequenceGroup, shard_sequence
 from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions, fold_views, to_unit_range
 from vidworld.tokenizers.conv import ConvTokenizer
-from vidworld.types import Batch, Frames, Layout
+from vidworld.types import Batch, Frames, Layout, SignalLevel
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,17 @@ class WorldTask(Task[CausalDiT]):
         used_EV1hw = self.net.used_latents_EV1hw
         return None if used_EV1hw is None else used_EV1hw.flatten(1).float().mean(1)[batch.embodiment_B]
 
-    def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
-        """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""
+    def known_conditioning(self, batch: Batch) -> Conditioning:
+        """All actions that lead into each frame."""
         batch = self.widened(batch)
         actions_BTA = self.normalizer.actions(batch.actions_BTA.float(), batch.embodiment_B)
         actions_BTkA, keep_BT = chunk_actions(actions_BTA, self.net.shape.actions_per_frame)
+        return Conditioning(actions_BTkA, keep_BT, batch.embodiment_B)
+
+    def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
+        """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""
+        known = self.known_conditioning(batch)
+        keep_BT = known.keep_BT
         keep_BT = keep_BT & (_uniform(keep_BT.shape, generator, keep_BT.device) >= self.action_dropout)
         keep_BT = keep_BT & (_uniform(keep_BT[:, :1].shape, generator, keep_BT.device) >= self.clip_dropout)
         noise_BTX = None
@@ -205,7 +214,48 @@ class WorldTask(Task[CausalDiT]):
             noise_BTX = torch.zeros(shape, device=keep_BT.device)
             if self.objective.kind == "energy":
                 noise_BTX = _normal(shape, generator, keep_BT.device)
-        return Conditioning(actions_BTkA, keep_BT, batch.embodiment_B, noise_BTX)
+        return replace(known, keep_BT=keep_BT, noise_BTX=noise_BTX)
+
+    def history(
+        self,
+        batch: Batch,
+        clean: Frames,
+        noise: Frames,
+        level: SignalLevel,
+        generator: torch.Generator,
+        moment: Moment,
+    ) -> Frames:
+        """What the context shows: the clean frames, or in the last rows from some frame on imagined ones.
+
+        They are imagined by the weights as they are, one step a frame, with all actions known, seeing context
+        at the `level` and with the `noise` that the loss will see too.
+        """
+        config, (batch_size, num_frames) = self.objective, clean.proprio_BTS.shape[:2]
+        count = resample_rows(config, batch_size, num_frames, moment.progress, moment.micro_batches)
+        if not count:
+            return clean
+        rows = slice(batch_size - count, batch_size)
+        known, noise, level = clean[rows], noise[rows], level[rows]
+        conditioning = self.known_conditioning(batch)[rows]
+        if noise_dims := self.net.config.noise_dims:
+            shape = (count, num_frames, noise_dims)
+            noise_BTX = torch.zeros(shape, device=conditioning.keep_BT.device)
+            if config.kind == "energy":
+                noise_BTX = _normal(shape, generator, conditioning.keep_BT.device)
+            conditioning = replace(conditioning, noise_BTX=noise_BTX)
+
+        def given(history: Frames) -> Predict:
+            return target_predictor(self.net, mix(history, noise, level), level, conditioning)
+
+        imagined = imagined_history(
+            given,
+            known,
+            noise_like(known, generator=generator),
+            draw_starts(count, num_frames, generator=generator, device=known.proprio_BTS.device),
+            passes=config.resample_passes,
+            step=config.one_step,
+        )
+        return Frames.cat([clean[: batch_size - count], imagined], 0)
 
     def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
         """Shortcut forcing, or the energy score of one-step samples."""
@@ -213,7 +263,9 @@ class WorldTask(Task[CausalDiT]):
         conditioning = self.conditioning(batch, generator)
         used_B = self.used(batch)
         context_level = context_levels(clean, self.objective, generator=generator)
-        context = mix(clean, noise_like(clean, generator=generator), context_level)
+        context_noise = noise_like(clean, generator=generator)
+        history = self.history(batch, clean, context_noise, context_level, generator, moment)
+        context = mix(history, context_noise, context_level)
         predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
         match self.objective.kind:
             case "shortcut":

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from vidworld.data.loader import LoaderConfig
-from vidworld.diffusion.objective import bootstrap_rows
+from vidworld.diffusion.objective import bootstrap_rows, resample_rows
 from vidworld.model.inputs import Streams
 from vidworld.model.sequence import frames_of
 from vidworld.tokenizers.base import num_latent_frames
 from vidworld.trainer.tasks import Moment, WorldTask
 from vidworld.types import Batch
 
-# Rows that learn from half steps change between micro-batches, with this period at most for usual fractions.
+# Rows that learn from half steps, or imagine their history, change between micro-batches, with this period at
+# most for usual fractions.
 MICRO_BATCHES = 64
 
 
@@ -66,7 +67,7 @@ def warm_up(task: WorldTask, shapes: Sequence[ClipShape], device: torch.device, 
     generator = torch.Generator(device)
     for shape in shapes:
         batch = synthetic_batch(task, shape, device)
-        for moment in _moments(task, shape.rows):
+        for moment in _moments(task, shape):
             with autocast():
                 loss = task(batch, generator, moment)["loss"]
             torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -97,13 +98,16 @@ def prepare_kernels(
     return "; ".join(said)
 
 
-def _moments(task: WorldTask, rows: int) -> list[Moment]:
-    """One moment for each number of rows that may learn from half steps."""
-    if task.objective.kind != "shortcut":
-        return [Moment()]
-    found: dict[int, Moment] = {0: Moment()}
-    for micro in range(MICRO_BATCHES):
-        moment = Moment(1.0, micro)
-        count = bootstrap_rows(task.objective, rows, moment.progress, moment.micro_batches)
-        found.setdefault(count, moment)
+def _moments(task: WorldTask, shape: ClipShape) -> list[Moment]:
+    """Moments at which every number of rows occurs that may learn from half steps, or imagine a history."""
+    objective, rows = task.objective, shape.rows
+    latent_frames = num_latent_frames(shape.frames, task.net.shape.actions_per_frame)
+    found: dict[tuple[int, int], Moment] = {}
+    for progress in sorted({0.0, objective.bootstrap_start, objective.resample_start, 1.0}):
+        for micro in range(MICRO_BATCHES):
+            bootstrap = 0
+            if objective.kind == "shortcut":
+                bootstrap = bootstrap_rows(objective, rows, progress, micro)
+            imagined = resample_rows(objective, rows, latent_frames, progress, micro)
+            found.setdefault((bootstrap, imagined), Moment(progress, micro))
     return list(found.values())

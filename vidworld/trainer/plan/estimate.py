@@ -62,10 +62,13 @@ class Subject:
 
     @property
     def extra_forward(self) -> float:
-        """Forward passes that the objective needs beside the trained one, after its bootstrap has begun."""
-        if self.objective.kind != "shortcut" or self.objective.finest_steps == 1:
-            return 0.0
-        return 2 * self.objective.bootstrap_fraction
+        """Forward passes that the objective needs beside the trained one, after all of them have begun."""
+        objective = self.objective
+        two_streams = 2 / (1 + self.streams.targets)
+        imagined = objective.resample_fraction * objective.resample_passes * two_streams
+        if objective.kind != "shortcut" or objective.finest_steps == 1:
+            return imagined
+        return 2 * objective.bootstrap_fraction + imagined
 
     @functools.cached_property
     def activations(self) -> Activations:

@@ -127,6 +127,6 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"ddp hides what it sends behind {hidden:.0f} % of the backward pass, fsdp2 behind that of all "
         "passes, DeepSpeed nothing",
         f"AdamW moves {counts.ADAMW_BYTES} bytes a weight; Muon {counts.MUON_BYTES}, and does Newton-Schulz",
-        "the bootstrap's forward passes are in every step, as after its beginning",
+        "forward passes of the bootstrap and of imagined histories are in every step, as late in training",
         "no time for data, logs, validation, checkpoints, compilation, stragglers and faults",
     ]
