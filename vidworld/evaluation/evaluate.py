@@ -55,6 +55,8 @@ class Options(Settings):
     """Directory to write; it must not exist."""
     device: str | None = None
     """Default: the GPU if there is one."""
+    uncalibrated: bool = False
+    """Leave out the run's calibration.json."""
     json: bool = False
     """Print metrics.json to standard output instead of a summary."""
     overwrite: bool = False
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     options = parse(Options, arguments, prog=prog)
     with output_directory(options.out, RECORD, overwrite=options.overwrite) as folder:
         files = find(options.run)
-        world = load(options.run, options.device)
+        world = load(options.run, options.device, calibrated=not options.uncalibrated)
         origin = {
             "run": str(options.run),
             "checkpoint": files.checkpoint,

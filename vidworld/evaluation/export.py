@@ -15,6 +15,7 @@ from vidworld.config import parse
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.grounding import ground_episode
+from vidworld.files import sha256_of
 from vidworld.output import output_directory
 from vidworld.quantize import Precision, compress
 from vidworld.tokenizers.conv import ConvTokenizer
@@ -88,7 +89,7 @@ def export(
     """
     files = find(run)
     world = load(run, "cpu", embodiment=embodiment)
-    spec = world.spec
+    spec, calibration = world.spec, world.calibration
     if prompts := prompts or files.prompts:
         _copy_prompts(world, prompts, folder / PROMPTS)
     # One entry only: safetensors writes several in an order that changes from run to run.
@@ -101,6 +102,8 @@ def export(
     else:
         copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
     spec.write(folder)
+    if calibration is not None:
+        calibration.for_weights(sha256_of(folder / WEIGHTS), spec.digest).write(folder)
     (folder / "README.md").write_text(model_card(world, files, precision, has_prompts=prompts is not None))
     write_manifest(folder)
     load(folder, "cpu")  # an export that does not open is no export

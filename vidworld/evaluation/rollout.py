@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     """Do what the options say, write every file into `folder`, return what `rollout.json` holds."""
     options.check()
     options = with_prompt(options, find(options.run).prompts)
-    world = load(options.run, options.device)
+    world = load(options.run, options.device, calibrated=not options.uncalibrated)
     if world.spec.layouts:
         world = narrow(world, [embodiment(options, world.spec)])
     spec = world.spec
@@ -77,11 +76,7 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     warn_constant(asked[0].grounding.contract)
     for scene in asked:
         _require_truth(options, scene)
-    sampler = replace(
-        spec.sampler,
-        steps=spec.sampler.steps if options.steps is None else options.steps,
-        guidance=spec.sampler.guidance if options.guidance is None else options.guidance,
-    )
+    sampler = spec.sampler.changed(steps=options.steps, guidance=options.guidance)
     imagination = Imagination(
         world,
         RolloutEngine(world, sampler=sampler, compile=options.compile),

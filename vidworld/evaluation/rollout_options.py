@@ -61,6 +61,8 @@ class Options:
     """Denoising steps a frame, in place of the world's own."""
     guidance: float | None = None
     """Action guidance, in place of the world's own."""
+    uncalibrated: bool = False
+    """Leave out the run's calibration.json."""
     embodiment: str | None = None
     """The robot of pictures and videos, where the world knows several; an episode says its own."""
     resize: bool = False

@@ -63,7 +63,9 @@ def narrow(world: WorldModel, names: Sequence[str]) -> WorldModel:
     learns = next(world.model.parameters()).requires_grad
     model.requires_grad_(learns).train(world.model.training).to(world.device)
     normalizer = Normalizer(spec.contracts).to(world.device)
-    return WorldModel(spec, model, normalizer, world.tokenizer, autocast=world.autocast).train(world.training)
+    narrowed = WorldModel(spec, model, normalizer, world.tokenizer, autocast=world.autocast)
+    narrowed.calibration = world.calibration
+    return narrowed.train(world.training)
 
 
 def load_weights(model: nn.Module, path: Path, *, adapt: Callable[[Weights], Weights] | None = None) -> None:

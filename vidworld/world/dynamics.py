@@ -30,15 +30,20 @@ def imagine(
     frame: int,
     stream: NoiseStream,
     sampler: SamplerConfig,
+    lead: int = 1,
 ) -> tuple[Frames, KVCache]:
-    """Denoise frame number `frame` [B, 1] against the cache and commit it.
+    """Denoise frame number `frame` [B, 1], the `lead`-th after the last known one, and commit it.
 
     The cache is rolled first, so that with the new frame `sampler.window` frames are in sight: positions
     never leave the range that training saw.
     """
     cache = cache.roll(sampler.window - 1, sampler.sink)
     start, context = stream.frames(model.shape, [frame], START, CONTEXT)
-    clean = sample(_predictor(model, cache, conditioning, frame, stream, sampler.guidance), start, sampler)
+    of_model = 1.0
+    if sampler.noise_scale is not None:
+        start, of_model = sampler.noise_scale.start(start, lead), sampler.noise_scale.at(lead)[2]
+    predict = _predictor(model, cache, conditioning, frame, stream, sampler.guidance, of_model)
+    clean = sample(predict, start, sampler)
     return clean, commit(model, cache, clean, conditioning, context, sampler)
 
 
@@ -140,9 +145,10 @@ def _predictor(
     frame: int,
     stream: NoiseStream,
     guidance: float,
+    noise_factor: float = 1.0,
 ) -> Predict:
     if model.config.noise_dims:
-        noise_BX = stream.draw(frame, Purpose.MODEL, (model.config.noise_dims,))
+        noise_BX = stream.draw(frame, Purpose.MODEL, (model.config.noise_dims,)) * noise_factor
         conditioning = dataclasses.replace(conditioning, noise_BTX=noise_BX[:, None])
     return guide(
         cached_predictor(model, conditioning, cache),

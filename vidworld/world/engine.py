@@ -112,6 +112,7 @@ class RolloutEngine:
             cache=loop.net.ring().to_cache(),
             newest=loop.clean.map(torch.clone),
             frame=loop.frame,
+            lead=loop.lead,
             coding=self._coding,
         )
         return self._current

@@ -53,6 +53,8 @@ class FrameLoop:
         self.noise = NoiseAhead(
             shape, config.noise_dims, batch, dtype=dtype, device=device, compile=compiler is not None
         )
+        self.noise_scale_3 = zeros(3) + 1
+        """Factors on the noise of this frame: of latents, proprioception, the model's."""
         self.actions_B1kA = zeros(batch, 1, shape.actions_per_frame, shape.action_dims)
         self.embodiment_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.keep_B1 = torch.ones(batch, 1, dtype=torch.bool, device=device)
@@ -64,7 +66,7 @@ class FrameLoop:
         tokens_B1kD, condition_B1D = self._condition(self.conditioning, self._levels([(0.0, CONTEXT_STEP)]))
         self.tokens_B1kD = torch.zeros_like(tokens_B1kD)
         self.condition_B1D = torch.zeros_like(condition_B1D)
-        self.frame = 0
+        self.frame = self.lead = 0
         self.uncommitted = False
         self.of_passes_1PD = self._levels(_passes(sampler, dtype))
         self.of_commit_11D = self._levels([(1 - sampler.context_noise, CONTEXT_STEP)])
@@ -73,6 +75,8 @@ class FrameLoop:
     def conditioning(self) -> Conditioning:
         """Of the frame now."""
         noise_BX = self.noise.parts[2]
+        if noise_BX is not None and self.sampler.noise_scale is not None:
+            noise_BX = noise_BX * self.noise_scale_3[2]
         return Conditioning(
             self.actions_B1kA,
             self.keep_B1,
@@ -91,7 +95,7 @@ class FrameLoop:
         self.noise.load(state.seed, state.sample_ids_B)
         self.embodiment_B.copy_(state.embodiment_B)
         self.clean.map(lambda own, new: own.copy_(new), state.newest)
-        self.frame, self.uncommitted = state.frame, False
+        self.frame, self.lead, self.uncommitted = state.frame, state.lead, False
 
     def changed(self) -> list[Tensor]:
         """Every buffer that `run` and `commit` change."""
@@ -102,11 +106,17 @@ class FrameLoop:
         """Move the clock and the noise on to the next frame."""
         self.noise.go_to(self.frame)
         self.net.begin()
-        self.frame += 1
+        self.frame, self.lead = self.frame + 1, self.lead + 1
+        if self.sampler.noise_scale is not None:
+            factors = self.sampler.noise_scale.at(self.lead)
+            self.noise_scale_3.copy_(torch.tensor(factors, dtype=self.noise_scale_3.dtype))
 
     def run(self, *, commits: bool, full: bool) -> None:
         """Denoise the frame begun; with `commits` the frame before is committed on the way."""
         start, context, _ = self.noise.parts
+        if self.sampler.noise_scale is not None:
+            latents, proprio, _ = self.noise_scale_3
+            start = Frames(start.latents_BTVChw * latents, start.proprio_BTS * proprio)
         conditioning = self.conditioning
         tokens_B1kD, conditions_BPD = self._condition(conditioning, self.of_passes_1PD)
         versions, conditions = [tokens_B1kD], [conditions_BPD]

@@ -1,6 +1,8 @@
 """Open a trained world: the folder of a run or of an export."""
 
+import dataclasses
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.store import load_tokenizer
 from vidworld.world.build import build, load_weights, narrow
+from vidworld.world.calibration import FILE_NAME as FILE_OF_CALIBRATION
+from vidworld.world.calibration import Calibration
 from vidworld.world.shipped import prompts_of, resolve
 from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
 from vidworld.world.world import WorldModel
@@ -40,26 +44,57 @@ def load(
     *,
     autocast: bool = True,
     embodiment: str | None = None,
+    calibrated: bool = True,
 ) -> WorldModel:
     """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
 
     A name such as "lab" opens the world of that name that comes with the package. `device` defaults to the
     GPU if there is one. `embodiment` gives the world of that robot alone, which a world of robots that see
     differently needs before it can be reset. Weights are held in float32 whatever the file's precision; see
-    `WorldModel` for what `autocast` does. Parameters do not require grad; actions may.
+    `WorldModel` for what `autocast` does. Parameters do not require grad; actions may. A
+    `calibration.json` of these weights is applied to the sampler, which is said on standard error;
+    `calibrated=False` leaves it.
     Raises CheckpointError saying what is missing, damaged or of another architecture, ConfigError for a
     device that is not here.
     """
     chosen = usable_device(device)
     files = find(path)
     spec = WorldSpec.read(files.directory)
-    verify(files.weights)
+    weights_sha256 = verify(files.weights)
+    calibration = None
+    if calibrated and (files.directory / FILE_OF_CALIBRATION).is_file():
+        calibration = Calibration.read(files.directory)
+        spec, calibration = apply_calibration(spec, calibration, weights_sha256, files.directory)
     world = build(spec, load_tokenizer(files.tokenizer), autocast=autocast)
     load_weights(world.model, files.weights)
     world.requires_grad_(False).eval()
+    world.calibration = calibration
     if embodiment is not None:
         world = narrow(world, [embodiment])
     return world.to(chosen)
+
+
+def apply_calibration(
+    spec: WorldSpec, calibration: Calibration, weights_sha256: str, directory: Path
+) -> tuple[WorldSpec, Calibration | None]:
+    """The spec with calibrated noise, and the calibration; neither if it is of other weights or sampling."""
+    path = directory / FILE_OF_CALIBRATION
+    reason = None
+    if calibration.weights_sha256 != weights_sha256:
+        reason = f"it is of weights {calibration.weights_sha256[:12]}, and these are {weights_sha256[:12]}"
+    elif not calibration.fits(spec.sampler):
+        reason = "it was fitted to another sampler"
+    if reason is not None:
+        print(
+            f"vidworld: NOT calibrated: {path} is left out: {reason}; run vidworld calibrate again",
+            file=sys.stderr,
+        )
+        return spec, None
+    scale = calibration.noise_scale
+    print(f"vidworld: calibrated by {path}: noise {scale or 'as trained'}", file=sys.stderr)
+    return dataclasses.replace(
+        spec, sampler=dataclasses.replace(spec.sampler, noise_scale=scale)
+    ), calibration
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:

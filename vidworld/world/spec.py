@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from vidworld.model.dit import DiTConfig
 from vidworld.model.embodiments import Robots
 from vidworld.model.inputs import FrameShape
 from vidworld.types import Layout
+from vidworld.world.noise_scale import NoiseScale
 
 FILE_NAME = "world.json"
 SCHEMA_VERSION = 1
@@ -59,6 +61,8 @@ class SamplerConfig(SamplerSettings):
     """`objective.finest_steps` of training: the model is never told a smaller step than 1/finest_steps."""
     window: int = 16
     """Frames in sight, the new one included: the clip length of training."""
+    noise_scale: NoiseScale | None = field(default=None, metadata={"omit_default": True})
+    """Factors on the noise, from `calibration.json`; it belongs to one way of sampling, see `changed`."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range with ConfigError."""
@@ -69,6 +73,22 @@ class SamplerConfig(SamplerSettings):
             raise ConfigError(
                 "sampler.window", got=f"{self.window} with a sink of {self.sink}", expected="sink + 2 or more"
             )
+
+    def changed(self, *, steps: int | None = None, guidance: float | None = None) -> "SamplerConfig":
+        """With other denoising steps or guidance, where they are not None.
+
+        Noise scales were fitted to the old ones: they are left out, with a warning, where these differ.
+        """
+        given = {"steps": steps, "guidance": guidance}
+        new = replace(self, **{name: value for name, value in given.items() if value is not None})
+        if self.noise_scale is None or new == self:
+            return new
+        warnings.warn(
+            f"not calibrated: noise scales were fitted to {self.steps} steps and guidance "
+            f"{self.guidance:g}, and are left out for {new.steps} and {new.guidance:g}",
+            stacklevel=2,
+        )
+        return replace(new, noise_scale=None)
 
 
 @dataclass(frozen=True)
@@ -192,7 +212,8 @@ class WorldSpec:
             "schema_version": SCHEMA_VERSION,
             "vidworld": __version__,
             "contract_digests": {contract.embodiment: contract.digest for contract in self.contracts},
-            "spec": to_mapping(self),
+            # Noise scales belong to weights, not to what a world is: they stay in their own file.
+            "spec": to_mapping(replace(self, sampler=replace(self.sampler, noise_scale=None))),
         }
         path = directory / FILE_NAME
         temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")

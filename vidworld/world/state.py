@@ -47,6 +47,8 @@ class WorldState:
     """`WorldSpec.digest` of the world that made it; another world refuses it."""
     coding: Coding | None = None
     """Where the tokenizer stands; None for one of single frames, which remembers nothing."""
+    lead: int = 0
+    """Latent frames imagined since the last known one."""
 
     def __len__(self) -> int:
         return len(self.sample_ids_B)
@@ -103,6 +105,7 @@ class WorldState:
         header = {
             "schema_version": SCHEMA_VERSION,
             "frame": self.frame,
+            "lead": self.lead,
             "seed": self.seed,
             "world": self.world,
             "layers": len(self.cache.layers),
@@ -144,6 +147,7 @@ class WorldState:
                     embodiment_B=tensor("embodiment"),
                     world=header["world"],
                     coding=Coding.restore(coding, tensor) if (coding := header.get("coding")) else None,
+                    lead=header.get("lead", 0),
                 )
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise CheckpointError("cannot read the world state", where=path, got=str(error)) from None

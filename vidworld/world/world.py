@@ -19,6 +19,7 @@ from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.base import Tokenizer, chunk_actions
 from vidworld.types import Frames
 from vidworld.world import noise
+from vidworld.world.calibration import Calibration
 from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.dynamics import imagine, take_in
@@ -61,6 +62,8 @@ class WorldModel(nn.Module):
         self.normalizer = normalizer
         self.tokenizer = tokenizer
         self.autocast = autocast
+        self.calibration: Calibration | None = None
+        """What `load` found beside the weights and applied."""
 
     @property
     def device(self) -> torch.device:
@@ -303,9 +306,13 @@ class WorldModel(nn.Module):
         conditioning = Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B)
         stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
         with self.precision():
-            newest, cache = imagine(self.model, state.cache, conditioning, state.frame, stream, sampler)
+            newest, cache = imagine(
+                self.model, state.cache, conditioning, state.frame, stream, sampler, state.lead + 1
+            )
         coding = None if state.coding is None else state.coding.imagined(newest.latents_BTVChw)
-        return dataclasses.replace(state, cache=cache, newest=newest, frame=state.frame + 1, coding=coding)
+        return dataclasses.replace(
+            state, cache=cache, newest=newest, frame=state.frame + 1, lead=state.lead + 1, coding=coding
+        )
 
     def _ground(
         self,
