@@ -465,3 +465,6 @@ def test_calibration_tells_an_honest_world_from_an_overconfident_one(data):
             one = found["quantities"][name]
             assert one["pooled"]["spread_skill"] == pytest.approx(spread, rel=0.35), name
             assert one["leads"] == list(range(1, 6))
+        cases = [one["quantities"]["pixels"]["cases"] for one in found["strata"].values()]
+        assert sum(cases) == sum(found["quantities"]["pixels"]["cases"]), "every frame is in one stratum"
+        assert "contact" not in found["strata"], "the planar lab tells no contact"

@@ -5,15 +5,18 @@ R = M + 1 ranks. Pictures are compared with the recorded ones as the tokenizer s
 error, which no sample can spread over, stays apart (`floor`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from vidworld.errors import ConfigError
+from vidworld.evaluation import events
 from vidworld.evaluation.conformal import fit_bands
 from vidworld.evaluation.metrics import crps
+from vidworld.evaluation.strata import STRATA
 from vidworld.evaluation.verification import (
     bootstrap,
     coverage,
@@ -51,17 +54,41 @@ class Tally:
         names = ("cases_T", "variance_T", "error_T", "crps_T", "ranks_TR")
         return Tally(self.unit, *(getattr(self, name) + getattr(other, name) for name in names))
 
+    def where(self, keep_T: np.ndarray) -> "Tally":
+        """Its cases at some leads."""
+        return Tally(
+            self.unit,
+            np.where(keep_T, self.cases_T, 0),
+            np.where(keep_T, self.variance_T, 0),
+            np.where(keep_T, self.error_T, 0),
+            np.where(keep_T, self.crps_T, 0),
+            np.where(keep_T[:, None], self.ranks_TR, 0),
+        )
+
 
 @dataclass(frozen=True)
 class Verified:
     """What one window says of calibration."""
 
     tallies: Mapping[str, Tally]
-    """Quantity -> sums: `pixels`, `pixels moving`, `pixels still`, `proprio NAME`."""
+    """Quantity -> sums: `pixels`, `pixels moving`, `pixels still`, `proprio NAME`, `read NAME`."""
     floor_T: np.ndarray
     """Mean squared error of the tokenizer on the recorded frames, pixels from 0 to 1."""
     proprio_MTS: np.ndarray
     truth_TS: np.ndarray
+    stratum_T: np.ndarray | None = None
+    """Index into `STRATA` of each camera frame; None if it was not asked for."""
+    kind: str | None = None
+    """Of the lab; None for other logs."""
+    cases: tuple[events.Case, ...] = ()
+    """Forecasts of events."""
+
+    def within(self, name: str, stratum: int) -> Tally:
+        """The cases of a quantity in the frames of a stratum."""
+        assert self.stratum_T is not None
+        found = self.tallies[name]
+        step = len(self.stratum_T) // len(found.cases_T)
+        return found.where(self.stratum_T[step - 1 :: step] == stratum)
 
 
 def require_samples(samples: int) -> None:
@@ -108,10 +135,15 @@ def verify(
     names: Sequence[tuple[str, str]],
     *,
     seed: int,
+    stratum_T: np.ndarray | None = None,
+    kind: str | None = None,
+    readings: Mapping[str, tuple[str, np.ndarray, np.ndarray]] = MappingProxyType({}),
+    cases: Sequence[events.Case] = (),
 ) -> Verified:
     """Verify one window. Pictures are uint8, `bound` being the truth as the tokenizer shows it.
 
-    `names` are names and units of the S dimensions; `seed` breaks ties of ranks.
+    `names` are names and units of the S dimensions; `seed` breaks ties of ranks. `readings`: outcome -> its
+    unit, samples [M, T] and truth [T], NaN where it does not count.
     """
     rng = np.random.default_rng([0xCA1B, seed])
     leads = len(truth_TVHWC)
@@ -128,16 +160,26 @@ def verify(
     for s, (name, unit) in enumerate(names):
         one_MT1, seen_T1 = proprio_MTS[:, :, s : s + 1], truth_TS[:, s : s + 1]
         tallies[f"proprio {name}"] = tally(one_MT1, seen_T1, rng, unit=unit)
+    for name, (unit, samples_MT, read_T) in readings.items():
+        counts_T1 = np.isfinite(read_T)[:, None]
+        tallies[f"read {name}"] = tally(
+            samples_MT[..., None], read_T[:, None], rng, unit=unit, where_TX=counts_T1
+        )
     error = (bound_TVHWC.astype(np.float64) - truth_TVHWC).reshape(leads, -1) / 255
-    return Verified(tallies, np.square(error).mean(1), proprio_MTS, truth_TS)
+    floor_T = np.square(error).mean(1)
+    return Verified(tallies, floor_T, proprio_MTS, truth_TS, stratum_T, kind, tuple(cases))
 
 
-def summarise(windows: Sequence[tuple[str, Verified]], frames_per_step: int = 1) -> dict[str, Any]:
+def summarise(
+    windows: Sequence[tuple[str, Verified]], frames_per_step: int = 1, leads: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The calibration of a robot over windows, each with the key of its episode; ready for JSON.
 
     For each quantity and lead: `spread_skill`, `spread` and `error` (root mean squares), `crps`, `coverage`
     at each level that so many samples can tell, and `p_flat`, `p_bias`, `p_dispersion` of the rank histogram
     over the first window of each episode. `pooled` is over all leads, with an interval over episodes.
+    `strata` and `kinds` pool the frames of each stratum and the windows of each kind of the lab; `events` are
+    the reliability of forecasts at `leads` (default: the last).
     """
     first: dict[str, Verified] = {}
     for key, found in windows:
@@ -145,21 +187,105 @@ def summarise(windows: Sequence[tuple[str, Verified]], frames_per_step: int = 1)
     num_samples = len(next(iter(windows[0][1].tallies.values())).ranks_TR[0]) - 1
     levels = [level for level in LEVELS if level <= (num_samples - 1) / (num_samples + 1)]
     quantities = {}
-    for name in windows[0][1].tallies:
-        by_episode: dict[str, Tally] = {}
-        for key, found in windows:
-            one = found.tallies[name]
-            by_episode[key] = by_episode[key] + one if key in by_episode else one
+    for name in _names(windows):
+        by_episode = _by_episode(
+            (key, found.tallies[name]) for key, found in windows if name in found.tallies
+        )
         tests = None
-        if name.startswith("proprio"):
-            tests = np.sum([found.tallies[name].ranks_TR for found in first.values()], 0)
-        quantities[name] = _quantity(list(by_episode.values()), levels, tests, name, frames_per_step)
+        if not name.startswith("pixels"):
+            tests = np.sum([one.tallies[name].ranks_TR for one in first.values() if name in one.tallies], 0)
+        quantities[name] = _quantity(by_episode, levels, tests, name, frames_per_step)
+    by_kind: dict[str, list[tuple[str, Verified]]] = {}
+    forecasts: dict[str, list[events.Case]] = {}
+    for key, found in windows:
+        if found.kind is not None:
+            by_kind.setdefault(found.kind, []).append((key, found))
+        forecasts.setdefault(key, []).extend(found.cases)
+    last = len(windows[0][1].floor_T)
     return {
         "samples": num_samples,
         "episodes": len(first),
         "floor": np.mean([found.floor_T for _, found in windows], 0).tolist(),
         "quantities": quantities,
         "bands": _bands(list(first.values())),
+        "strata": _strata(windows, levels),
+        **(
+            {
+                "kinds": {
+                    kind: {
+                        "windows": len(some),
+                        "quantities": {
+                            name: _pooled(
+                                _by_episode(
+                                    (key, one.tallies[name]) for key, one in some if name in one.tallies
+                                ),
+                                levels,
+                            )
+                            for name in _names(some)
+                        },
+                        "strata": _strata(some, levels),
+                    }
+                    for kind, some in by_kind.items()
+                }
+            }
+            if by_kind
+            else {}
+        ),
+        **({"events": events.summarise(forecasts, leads or (last,))} if any(forecasts.values()) else {}),
+    }
+
+
+def _names(windows: Sequence[tuple[str, Verified]]) -> list[str]:
+    return list(dict.fromkeys(name for _, found in windows for name in found.tallies))
+
+
+def _by_episode(tallies: Iterable[tuple[str, Tally]]) -> list[Tally]:
+    """Sums over the windows of each episode."""
+    found: dict[str, Tally] = {}
+    for key, one in tallies:
+        found[key] = found[key] + one if key in found else one
+    return list(found.values())
+
+
+def _strata(windows: Sequence[tuple[str, Verified]], levels: Sequence[float]) -> dict[str, Any]:
+    """Frames of each stratum, and its quantities pooled over leads."""
+    told = [(key, found) for key, found in windows if found.stratum_T is not None]
+    table: dict[str, Any] = {}
+    for index, stratum in enumerate(STRATA):
+        frames = sum(int((found.stratum_T == index).sum()) for _, found in told)
+        if frames:
+            table[stratum] = {
+                "frames": frames,
+                "quantities": {
+                    name: _pooled(
+                        _by_episode(
+                            (key, found.within(name, index)) for key, found in told if name in found.tallies
+                        ),
+                        levels,
+                    )
+                    for name in _names(told)
+                },
+            }
+    return table
+
+
+def _pooled(episodes: Sequence[Tally], levels: Sequence[float]) -> dict[str, Any]:
+    """A quantity over all leads, with an interval over episodes."""
+    told = [one for one in episodes if one.cases_T.any()]
+    sums_EP = np.array([[one.variance_T.sum(), one.error_T.sum()] for one in told]).reshape(-1, 2)
+    enough = len(told) >= LEAST_EPISODES and sums_EP[:, 1].sum() > 0
+    ratios = bootstrap(sums_EP) if enough else None
+    pooled_R = np.sum([one.ranks_TR.sum(0) for one in episodes], 0)
+    cases = float(np.sum([one.cases_T.sum() for one in episodes]))
+    above, below = sums_EP.sum(0)
+    return {
+        "cases": cases,
+        "episodes": len(told),
+        "spread_skill": spread_skill(above, below),
+        "spread_skill_interval": interval(None if ratios is None else np.sqrt(np.maximum(ratios, 0.0))),
+        "crps": float(np.sum([one.crps_T.sum() for one in episodes])) / cases if cases else None,
+        "coverage": {str(level): coverage(pooled_R, level) if cases else None for level in levels},
+        "rank_counts": pooled_R.tolist(),
     }
 
 
@@ -180,10 +306,6 @@ def _quantity(
     tested = (
         [] if tests_TR is None or len(episodes) < LEAST_EPISODES else [rank_test(row) for row in tests_TR]
     )
-    sums_EP = np.array([[one.variance_T.sum(), one.error_T.sum()] for one in episodes])
-    enough = len(episodes) >= LEAST_EPISODES and sums_EP[:, 1].sum() > 0
-    ratios = bootstrap(sums_EP) if enough else None
-    pooled_R = total.ranks_TR.sum(0)
     return {
         "unit": total.unit,
         "leads": [(t + 1) * step for t in leads],
@@ -201,12 +323,7 @@ def _quantity(
             for field in ("p_flat", "p_bias", "p_dispersion")
             if tested
         },
-        "pooled": {
-            "spread_skill": spread_skill(total.variance_T.sum(), total.error_T.sum()),
-            "spread_skill_interval": interval(None if ratios is None else np.sqrt(np.maximum(ratios, 0.0))),
-            "coverage": {str(level): coverage(pooled_R, level) if any(seen) else None for level in levels},
-            "rank_counts": pooled_R.tolist(),
-        },
+        "pooled": _pooled(episodes, levels),
     }
 
 

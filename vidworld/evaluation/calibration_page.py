@@ -8,6 +8,8 @@ import numpy as np
 from vidworld.page import Report
 from vidworld.plots import Line, Panel, draw
 
+NBSP = "\N{NO-BREAK SPACE}"
+MOST_OUTCOMES = 4
 MOST_DIMENSIONS = 5
 """Proprioception curves drawn at most, those with the worst ratios."""
 
@@ -68,12 +70,74 @@ def write_calibration(report: Report, robot: str, found: Mapping[str, Any]) -> N
         "an episode (proprioception only: pixels of a picture depend on each other).",
         digits=3,
     )  # fmt: skip
+    _write_strata(report, found, levels[-1])
+    if "events" in found:
+        _write_events(report, found["events"])
     if bands := found["bands"]:
         report.text(
             f"Bands of {bands['level']:.0%} for whole rollouts of all proprioception, fitted on "
             f"{bands['episodes_fitted']} episodes, held {bands['held']:.0%} of {bands['episodes_tried']} "
             "others."
         )
+
+
+def _write_strata(report: Report, found: Mapping[str, Any], level: str) -> None:
+    """Where the spread is honest and where not: by what happens in a frame, and by kind of the lab."""
+    parts = {name: one for name, one in found["strata"].items() if one["frames"]}
+    for kind, one in found.get("kinds", {}).items():
+        parts |= {
+            f"{kind}, {name}": inner for name, inner in one["strata"].items() if len(found["kinds"]) > 1
+        }
+    rows = []
+    for part, one in parts.items():
+        for name in _drawn(one["quantities"], pooled=True):
+            pooled = one["quantities"][name]
+            span = pooled["spread_skill_interval"]
+            rows.append(
+                [part.replace(" ", NBSP), one["frames"], name.replace(" ", NBSP), pooled["spread_skill"],
+                 _span(span), pooled["coverage"][level], pooled["crps"]]
+            )  # fmt: skip
+    if rows:
+        report.table(
+            ["frames of", "frames", "quantity", "spread / skill", "95 %", f"in {float(level):.0%}", "CRPS"],
+            rows,
+            caption="Told apart by what happens in a frame. Contact: the lab says that the robot and what it "
+            "acts on touch. Moving: pictures or proprioception change. Static: neither.",
+            digits=3,
+        )
+
+
+def _write_events(report: Report, found: Mapping[str, Any]) -> None:
+    """A reliability diagram of each event."""
+    panels = []
+    for name, one in found.items():
+        panels.append(
+            Panel(
+                (
+                    Line(name, *_filled(one["forecast"], one["frequency"])),
+                    Line("honest", [0, 1], [0, 1], floor=True),
+                ),
+                f"{name.capitalize()} ({one['kind']})",
+                "forecast: share of samples",
+                "how often it came",
+            )
+        )
+    report.figure(
+        draw(panels, columns=min(4, len(panels)), panel_size=(3.2, 3.2)),
+        "When so many samples say that it will happen, how often does it?",
+    )
+    report.table(
+        ["event", "meaning", "windows", "came in", "error", "by chance", "Brier score", "95 %"],
+        [
+            [name, one["meaning"], one["windows"], one["base_rate"], one["error"], one["error_by_chance"],
+             one["brier"], _span(one["brier_interval"], 3)]
+            for name, one in found.items()
+        ],
+        caption="Error: mean distance of forecast and frequency; so few cases would show the error “by "
+        "chance” if every forecast were right. Events are read off the samples' pictures by the readout; "
+        "what happened is the lab's truth.",
+        digits=3,
+    )  # fmt: skip
 
 
 def calibration_lines(robot: str, found: Mapping[str, Any]) -> list[str]:
@@ -87,19 +151,33 @@ def calibration_lines(robot: str, found: Mapping[str, Any]) -> list[str]:
         )
         ratio = pooled["spread_skill"]
         lines.append(f"  {name:<28} {'-' if ratio is None else format(ratio, '.2f'):>5}   {covered}")
+    for stratum, one in found["strata"].items():
+        pooled = one["quantities"]["pixels moving"]
+        ratio = pooled["spread_skill"]
+        shown = format(ratio, ".2f") if ratio is not None and np.isfinite(ratio) else "-"
+        lines.append(f"  {stratum} ({one['frames']} frames), moving pixels: {shown}")
+    for name, one in found.get("events", {}).items():
+        lines.append(
+            f"  {name}: reliability error {one['error']:.3f} ({one['error_by_chance']:.3f} by chance), "
+            f"came in {one['base_rate']:.0%} of {one['windows']} windows"
+        )
     return lines
 
 
-def _drawn(quantities: Mapping[str, Any]) -> list[str]:
-    """Moving pixels, all pixels, and the dimensions whose ratios are farthest from 1."""
-    pictures = [name for name in ("pixels", "pixels moving") if any(quantities[name]["cases"])]
+def _drawn(quantities: Mapping[str, Any], *, pooled: bool = False) -> list[str]:
+    """Moving pixels, all pixels, and the dimensions and outcomes whose ratios are farthest from 1."""
+    pictures = [name for name in ("pixels", "pixels moving") if np.any(quantities[name]["cases"])]
 
     def distance(name: str) -> float:
-        ratio = quantities[name]["pooled"]["spread_skill"]
-        return abs(np.log(ratio)) if ratio else np.inf
+        one = quantities[name] if pooled else quantities[name]["pooled"]
+        ratio = one["spread_skill"]
+        return abs(np.log(ratio)) if ratio and np.isfinite(ratio) else np.inf
 
-    dimensions = sorted((name for name in quantities if name.startswith("proprio")), key=distance)
-    return pictures + dimensions[::-1][: MOST_DIMENSIONS - len(pictures)]
+    found = list(pictures)
+    for prefix, most in (("read", MOST_OUTCOMES), ("proprio", MOST_DIMENSIONS)):
+        names = sorted((name for name in quantities if name.startswith(prefix)), key=distance)
+        found += names[::-1][: max(0, most - len(pictures))]
+    return found
 
 
 def _finite(values: list[float | None]) -> list[float | None]:
@@ -112,13 +190,23 @@ def _density(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return (np.arange(len(counts)) + 0.5) / len(counts), density_R
 
 
+def _filled(forecast: list[float | None], frequency: list[float | None]) -> tuple[list[float], list[float]]:
+    """Both of the bins that hold cases."""
+    pairs = [(x, y) for x, y in zip(forecast, frequency, strict=True) if x is not None and y is not None]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _span(span: list[float] | None, digits: int = 2) -> str:
+    return "–" if span is None else f"{span[0]:.{digits}f}{NBSP}to{NBSP}{span[1]:.{digits}f}"
+
+
 def _row(name: str, one: Mapping[str, Any], levels: list[str]) -> list[Any]:
     pooled, span = one["pooled"], one["pooled"]["spread_skill_interval"]
     return [
-        name.replace(" ", "\N{NO-BREAK SPACE}"),
+        name.replace(" ", NBSP),
         one["unit"],
         pooled["spread_skill"],
-        "–" if span is None else f"{span[0]:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{span[1]:.2f}",
+        _span(span),
         *(pooled["coverage"][level] for level in levels),
         one["crps"][-1],
         one["p_flat"][-1] if "p_flat" in one else None,

@@ -53,7 +53,7 @@ def kind_of(meta: Mapping[str, Any], *, where: object) -> str:
             expected="true frames of the lab",
             fix="a ruler that has seen what it measures is none: make data with vidworld lab",
         )
-    world = _world(source)
+    world = world_of(source)
     if world is None or world.removeprefix(WORLD) not in SUBJECTS:
         raise DataError(
             "episode to learn from",
@@ -112,8 +112,8 @@ def read_truth(meta: Mapping[str, Any], frames_THWC: np.ndarray, *, where: objec
     )
 
 
-def _world(source: Any) -> str | None:
-    """`world` of a source, or of what it says it was made of."""
+def world_of(source: Any) -> str | None:
+    """`world` of an episode's source, or of what that says it was made of; None if it says neither."""
     while isinstance(source, Mapping):
         if isinstance(source.get("world"), str):
             return source["world"]

@@ -23,6 +23,9 @@ from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration import Verified, verify
 from vidworld.evaluation.futures import Rolled, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import appearance, proprio_metrics, video_metrics
+from vidworld.evaluation.outcomes import read_outcomes
+from vidworld.evaluation.readout import Readout, load_readout
+from vidworld.evaluation.strata import contact, kind_of_lab, strata
 from vidworld.evaluation.windows import (
     Plan,
     Recorded,
@@ -122,6 +125,7 @@ def measure(
 ) -> Study:
     """Roll the world out from every window and compare; `progress` is called after every window."""
     plan = plan or plan_windows(dataset, world.spec, settings)
+    readout = None if settings.readout is None else load_readout(settings.readout, world.device)
     shown = _shown(plan, settings.clips)
     batch = settings.batch or _rows_at_once(world, settings)
     measured: list[Measured] = []
@@ -137,7 +141,8 @@ def measure(
             while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
                 rollouts = roll_out(world, settings, chunk, first=len(measured), batch=batch, shown=shown)
                 encoded = [through_tokenizer(world, recorded.frames_TVHWC) for recorded, _ in chunk]
-                compared = pool.map(partial(_compare, world.spec, settings), chunk, rollouts, encoded)
+                compare = partial(_compare, world.spec, settings, readout)
+                compared = pool.map(compare, chunk, rollouts, encoded)
                 for pair, rolled, (latents_TVChw, _), found in zip(
                     chunk, rollouts, encoded, compared, strict=True
                 ):
@@ -183,6 +188,7 @@ class _Probe:
 def _compare(
     spec: WorldSpec,
     settings: Settings,
+    readout: Readout | None,
     pair: tuple[Recorded, Recorded | None],
     rolled: Rolled,
     encoded: tuple[Tensor, np.ndarray],
@@ -224,13 +230,29 @@ def _compare(
             dims,
         )
     partner_window = None if partner is None else partner.window
-    verified = _verify(spec, recorded, rolled, bound_TVHWC) if settings.calibration else None
+    verified = _verify(spec, recorded, rolled, bound_TVHWC, readout) if settings.calibration else None
     return Measured(recorded.window, partner_window, views, wrong, proprio, verified)
 
 
-def _verify(spec: WorldSpec, recorded: Recorded, rolled: Rolled, bound_TVHWC: np.ndarray) -> Verified:
-    dims, known = recorded.grounding.contract.proprio, recorded.context - 1
-    window = recorded.window
+def _verify(
+    spec: WorldSpec, recorded: Recorded, rolled: Rolled, bound_TVHWC: np.ndarray, readout: Readout | None
+) -> Verified:
+    contract, known = recorded.grounding.contract, recorded.context - 1
+    dims, window = contract.proprio, recorded.window
+    touching_T = contact(recorded.meta)
+    if touching_T is not None:
+        touching_T = touching_T[window.start + known :][: len(bound_TVHWC) + 1]
+    outcomes = None
+    if readout is not None:
+        outcomes = read_outcomes(
+            readout,
+            rolled.video_MTVHWC,
+            bound_TVHWC,
+            recorded.frames_TVHWC[: recorded.context],
+            recorded.meta,
+            window.start,
+            where=window.sample.key,
+        )
     return verify(
         rolled.video_MTVHWC,
         bound_TVHWC,
@@ -240,6 +262,15 @@ def _verify(spec: WorldSpec, recorded: Recorded, rolled: Rolled, bound_TVHWC: np
         recorded.proprio_TS[known :: spec.frames_per_step][1:],
         [(dimension.name, dimension.unit) for dimension in dims],
         seed=zlib.crc32(f"{window.sample.key}@{window.start}".encode()),
+        stratum_T=strata(
+            recorded.frames_TVHWC[known:],
+            recorded.proprio_TS[known:],
+            contract.proprio_statistics,
+            touching_T,
+        ),
+        kind=kind_of_lab(recorded.meta),
+        readings={} if outcomes is None else outcomes.readings,
+        cases=() if outcomes is None else outcomes.cases,
     )
 
 

@@ -47,7 +47,7 @@ def summarise(study: Study, settings: Settings, frames_per_step: int = 1) -> dic
     actions, collapse = _actions(measured, horizons), _collapse(measured)
     summary = _summary(pictures["all"], actions, collapse)
     calibration = {
-        name: calibrate(verified, frames_per_step)
+        name: calibrate(verified, frames_per_step, horizons)
         for name, group in robots.items()
         if (verified := [(one.window.sample.key, one.verified) for one in group if one.verified])
     }

@@ -3,9 +3,10 @@
 Shapes: T frames, V views, H W pixels, A action dims, S proprio dims.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class Settings:
     """Scale and centre-crop videos of another size."""
     calibration: bool = False
     """Verify whether the spread of the samples is honest; wants many (--samples 32)."""
+    readout: Path | None = None
+    """Readout (see vidworld readout) with which --calibration also reads outcomes and events of lab data."""
     drift: int | None = None
     """Also imagine this many frames at a stretch, such as 512, and measure whether they hold."""
 
@@ -76,6 +79,8 @@ class Settings:
 
         if self.calibration:
             require_samples(self.samples)
+        elif self.readout is not None:
+            raise ConfigError("--readout", got="no --calibration", expected="both")
 
     @property
     def horizons(self) -> tuple[int, ...]:
@@ -84,8 +89,7 @@ class Settings:
 
     def sampler(self, own: SamplerConfig) -> SamplerConfig:
         """The world's sampler with these settings."""
-        given = {"steps": self.steps, "guidance": self.guidance}
-        return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+        return own.changed(steps=self.steps, guidance=self.guidance)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class Recorded:
     actions_TA: np.ndarray
     """Row t leads from frame t to t + 1; one fewer than frames."""
     context: int
+    meta: Mapping[str, Any]
+    """What the episode's meta.json says; empty where calibration is not asked for."""
 
     @property
     def future_TA(self) -> np.ndarray:
@@ -216,6 +222,7 @@ def read_window(dataset: ShardDataset, spec: WorldSpec, settings: Settings, wind
         np.concatenate([prompt.proprio, recording.proprio_TS[frames]]),
         np.concatenate([prompt.actions, recording.actions_TA[frames]]),
         settings.context,
+        dataset.meta(window.sample.key) if settings.calibration else {},
     )
 
 
