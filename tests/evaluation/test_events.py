@@ -1,4 +1,4 @@
-"""Events told from outcomes, and whether forecasts of them are reliable: coins, and a ruler that reads pixels."""
+"""Events told from outcomes, and if forecasts of them are reliable: coins, and a ruler that reads pixels."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from vidworld.errors import DataError
 from vidworld.evaluation.events import EVENTS, Case, cases, error_by_chance, has_happened, summarise
 from vidworld.evaluation.outcomes import read_outcomes
 from vidworld.evaluation.quantities import COLOURS, SUBJECTS
-from vidworld.evaluation.readout import Readings
+from vidworld.evaluation.readout import Readings, Readout
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_leads_of_one_window_share_their_luck():
     assert error_by_chance(forecasts, 8) > 1.5 * error_by_chance(forecasts)
 
 
-class PixelRuler:
+class PixelRuler(Readout):
     """Reads box_tilt off the red channel, and the other quantities off nothing."""
 
     def __init__(self, kind: str = "container") -> None:
-        self.net = SimpleNamespace(subjects={kind: SUBJECTS[kind]})
+        self.net = SimpleNamespace(subjects={kind: SUBJECTS[kind]})  # type: ignore[assignment]
 
-    def __call__(self, frames_BTHWC, kind, reference_BHWC):
+    def __call__(self, frames_BTHWC, kind, reference_BHWC=None):
         shade_BT = frames_BTHWC[..., 0].mean((-2, -1)) / 100
         subject = self.net.subjects[kind]
         masks = {name: np.ones(frames_BTHWC.shape[:-1], bool) for name in subject.masks}

@@ -33,7 +33,9 @@ def meta(kind: str, **readouts: list[float]) -> dict:
     ],
 )  # fmt: skip
 def test_contact_comes_from_the_labs_truth(told, touching):
-    assert contact(told).astype(int).tolist() == touching
+    found = contact(told)
+    assert found is not None
+    assert found.astype(int).tolist() == touching
 
 
 def test_other_logs_tell_no_contact():
@@ -88,5 +90,6 @@ def test_calibration_is_told_apart_by_stratum_and_kind():
 def test_strata_of_latent_frames_are_those_of_their_last_camera_frame():
     rng = np.random.default_rng(1)
     one = window(rng, "rigid")
+    assert one.stratum_T is not None
     six = dataclasses.replace(one, stratum_T=np.repeat(one.stratum_T, 2), floor_T=np.zeros(6))
     assert six.within("pixels", CONTACT).cases_T.tolist() == [0, 1, 1]
