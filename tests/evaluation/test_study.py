@@ -184,6 +184,24 @@ def make_oracle(data: Path, settings: Settings, tokenizer: Blocks | None = None)
     return world
 
 
+@dataclasses.dataclass
+class Plain:
+    """Passes for an engine: rolls a world out by its own method."""
+
+    world: WorldModel
+
+    @property
+    def sampler(self):
+        return self.world.spec.sampler
+
+    def rollout(self, state, actions, **options):
+        return self.world.rollout(state, actions, **options)
+
+
+def evaluate_plainly(world: WorldModel, data: Path, settings: Settings) -> dict:
+    return evaluate(world, data, settings, engine=Plain(world))
+
+
 class Still(WorldModel):
     """Holds the last frame that it knows, whatever it is told."""
 
@@ -238,7 +256,7 @@ def test_the_baseline_and_the_bound_are_what_they_are_said_to_be(data):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_truth_reaches_the_bound_and_listens_to_its_actions(data, stride):
     settings = dataclasses.replace(SHORT, frames=6)
-    metrics = evaluate(make_oracle(data, settings, Blocks(time_stride=stride)), data, settings)
+    metrics = evaluate_plainly(make_oracle(data, settings, Blocks(time_stride=stride)), data, settings)
     mean = metrics["pictures"]["all"]["mean"]
     for name in ("psnr", "psnr_mean", "psnr_median", "psnr_best"):
         assert mean[name] == mean["psnr_bound"]
@@ -255,7 +273,7 @@ def test_the_truth_reaches_the_bound_and_listens_to_its_actions(data, stride):
 
 
 def test_a_still_picture_gains_nothing_and_is_called_out(data):
-    metrics = evaluate(make_world(data, Blocks(coarse=1), Still), data, SHORT)
+    metrics = evaluate_plainly(make_world(data, Blocks(coarse=1), Still), data, SHORT)
     mean = metrics["pictures"]["all"]["mean"]
     assert mean["psnr_bound"] == [100.0] * 4
     assert mean["gain"] == mean["gain_pooled"] == mean["gain_median"] == [0.0] * 4
@@ -267,6 +285,13 @@ def test_a_still_picture_gains_nothing_and_is_called_out(data):
     assert all(words in text for words in ("no better than holding", "ignores them", "frozen"))
     for found in metrics["proprio"]["planar_arm"]["dimensions"].values():
         np.testing.assert_allclose(found["mae"], found["mae_copy"], rtol=1e-3)
+
+
+def test_the_engine_finds_what_the_plain_world_does(data):
+    world = make_world(data)
+    engine, plain = (found(world, data, SHORT) for found in (evaluate, evaluate_plainly))
+    for name, value in plain["summary"].items():
+        assert engine["summary"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 
 
 def test_numbers_do_not_depend_on_the_batch(data):
@@ -330,7 +355,7 @@ def test_views_and_robots_are_told_apart(tmp_path):
     source = Robots(("a", "b", "c", "trained", "taught"), views=("top", "side"), second=("b", "c", "taught"))
     data = shard(tmp_path / "two", source)
     settings = dataclasses.replace(SHORT, windows_per_episode=2)
-    metrics = evaluate(make_oracle(data, settings), data, settings)
+    metrics = evaluate_plainly(make_oracle(data, settings), data, settings)
     assert list(metrics["pictures"]["views"]) == ["top", "side"]
     assert list(metrics["pictures"]["embodiments"]) == ["planar_arm", "other"]
     assert metrics["pictures"]["all"]["windows"] == [12] * 4
@@ -364,7 +389,7 @@ def test_intervals_are_over_episodes_and_hold_the_figure(tmp_path, monkeypatch):
     lengths = {f"episode{number}": 12 for number in range(6)} | {"trained": 60}
     monkeypatch.setattr(f"{__name__}.LENGTHS", lengths)
     data = shard(tmp_path / "six", Robots(tuple(lengths)))
-    metrics = evaluate(make_oracle(data, SHORT), data, SHORT)
+    metrics = evaluate_plainly(make_oracle(data, SHORT), data, SHORT)
     low, high = metrics["intervals"]["psnr_gain.f5"]
     assert low < metrics["summary"]["psnr_gain.f5"] < high
     low, high = metrics["intervals"]["shuffle_ratio"]
@@ -453,13 +478,13 @@ class Hazy(Oracle):
 
 def test_calibration_tells_an_honest_world_from_an_overconfident_one(data):
     settings = dataclasses.replace(SHORT, samples=16, windows_per_episode=8, calibration=True)
-    plain = evaluate(make_oracle(data, SHORT), data, SHORT)
+    plain = evaluate_plainly(make_oracle(data, SHORT), data, SHORT)
     assert "calibration" not in plain
     for spread in (1.0, 0.3):
         world = make_oracle(data, settings)
         hazy = Hazy(world.spec, world.model, world.normalizer, world.tokenizer)
         hazy.known, hazy.spread = world.known, spread
-        found = evaluate(hazy, data, settings)["calibration"]["planar_arm"]
+        found = evaluate_plainly(hazy, data, settings)["calibration"]["planar_arm"]
         assert found["samples"] == 16
         for name in ("pixels", "proprio tip_x"):
             one = found["quantities"][name]

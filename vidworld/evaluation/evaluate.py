@@ -22,6 +22,7 @@ from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration_page import calibration_lines
 from vidworld.evaluation.drift import drift
 from vidworld.evaluation.drift_page import drift_line
+from vidworld.evaluation.futures import Roller
 from vidworld.evaluation.grounding import file_digest
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
@@ -97,16 +98,27 @@ def run(
     return metrics
 
 
-def evaluate(world: WorldModel, dataset_dir: Path | str, settings: Settings | None = None) -> dict[str, Any]:
+def evaluate(
+    world: WorldModel,
+    dataset_dir: Path | str,
+    settings: Settings | None = None,
+    *,
+    engine: Roller | None = None,
+) -> dict[str, Any]:
     """Measure a world on a dataset and return what metrics.json holds, writing nothing.
 
+    `engine` rolls out in place of a `RolloutEngine` of the world, such as a baseline that passes for one.
     Raises DataError, ContractError or ConfigError naming what does not fit.
     """
-    return _measure(world, dataset_dir, settings or Settings(), {})[0]
+    return _measure(world, dataset_dir, settings or Settings(), {}, engine)[0]
 
 
 def _measure(
-    world: WorldModel, dataset_dir: Path | str, settings: Settings, origin: Mapping[str, Any]
+    world: WorldModel,
+    dataset_dir: Path | str,
+    settings: Settings,
+    origin: Mapping[str, Any],
+    engine: Roller | None = None,
 ) -> tuple[dict[str, Any], Study, WorldSpec]:
     dataset = ShardDataset.open(dataset_dir)
     world = world_of(world, dataset, settings.split)
@@ -115,7 +127,7 @@ def _measure(
         warn_constant(world.spec.contracts[world.spec.embodiment_index(embodiment)])
     began = time.perf_counter()
     with tqdm(total=len(plan.windows), unit="window", desc="eval", disable=None) as bar:
-        study = measure(world, dataset, settings, plan=plan, progress=bar.update)
+        study = measure(world, dataset, settings, plan=plan, progress=bar.update, engine=engine)
     drifted = {}
     if settings.drift is not None:
         drifted = {

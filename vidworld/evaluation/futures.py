@@ -7,6 +7,7 @@ dims.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from vidworld.evaluation.windows import WRONG, Recorded, Settings, Window
 from vidworld.world.codec import PICTURES_AT_ONCE, to_video
-from vidworld.world.state import Rollout
+from vidworld.world.intake import Numbers
+from vidworld.world.spec import SamplerConfig
+from vidworld.world.state import Rollout, WorldState
 from vidworld.world.world import WorldModel
 
 
@@ -30,8 +33,21 @@ class Rolled:
     """All frames under shuffled actions, where they are to be shown."""
 
 
+class Roller(Protocol):
+    """What rolls a world out with one sampler: a `RolloutEngine`, or something that passes for one."""
+
+    world: WorldModel
+    sampler: SamplerConfig
+
+    def rollout(
+        self, state: WorldState, actions: Numbers, *, decode: bool = True, allow_out_of_range: bool = False
+    ) -> Rollout:
+        """As `WorldModel.rollout`."""
+        ...
+
+
 def roll_out(
-    world: WorldModel,
+    engine: Roller,
     settings: Settings,
     chunk: Sequence[tuple[Recorded, Recorded | None]],
     *,
@@ -44,26 +60,29 @@ def roll_out(
     The noise of a sample depends on the window's number in the whole study (`first` is the chunk's), and not
     on the size of the chunks.
     """
-    sampler, samples = settings.sampler(world.spec.sampler), settings.samples
+    world, samples = engine.world, settings.samples
     state = world.reset(
         [recorded.grounding.prompt for recorded, _ in chunk],
         samples,
         settings.seed,
         sample_ids=range(first * samples, (first + len(chunk)) * samples),
-        sampler=sampler,
+        sampler=engine.sampler,
         allow_out_of_range=True,
     )
 
     def rollouts(rows: Sequence[int], actions: Sequence[np.ndarray], decode: bool) -> Iterator[Rollout]:
         for start in range(0, len(rows), batch):
-            some = slice(start, start + batch)
-            yield world.rollout(
-                state.select(list(rows[some])),
-                np.stack(actions[some]),
-                sampler=sampler,
+            places = list(range(start, min(start + batch, len(rows))))
+            count = len(places)
+            if world.device.type == "cuda":  # where another size is captured anew
+                places += places[-1:] * (batch - count)
+            found = engine.rollout(
+                state.select([rows[place] for place in places]),
+                np.stack([actions[place] for place in places]),
                 decode=decode,
                 allow_out_of_range=True,
             )
+            yield found if count == len(places) else _first(found, count)
 
     videos, proprios = [], []
     true = [recorded.future_TA for recorded, _ in chunk for _ in range(samples)]
@@ -97,6 +116,17 @@ def roll_out(
         Rolled(video_WMTVHWC[number], proprio_WMTS[number], wrong[number], shuffled[number])
         for number in range(len(chunk))
     ]
+
+
+def _first(rolled: Rollout, count: int) -> Rollout:
+    """The first rows of a rollout."""
+    video_BTVHWC = rolled.video_BTVHWC
+    return Rollout(
+        latents_BTVChw=rolled.latents_BTVChw[:count],
+        proprio_BTS=rolled.proprio_BTS[:count],
+        video_BTVHWC=None if video_BTVHWC is None else video_BTVHWC[:count],
+        state=rolled.state.select(slice(count)),
+    )
 
 
 def _pictures(

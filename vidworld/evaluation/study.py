@@ -21,7 +21,7 @@ from torch import Tensor
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration import Verified, verify
-from vidworld.evaluation.futures import Rolled, roll_out, through_tokenizer
+from vidworld.evaluation.futures import Rolled, Roller, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import appearance, proprio_metrics, video_metrics
 from vidworld.evaluation.outcomes import read_outcomes
 from vidworld.evaluation.readout import Readout, load_readout
@@ -36,6 +36,7 @@ from vidworld.evaluation.windows import (
     spaced,
 )
 from vidworld.types import Frames
+from vidworld.world.engine import RolloutEngine
 from vidworld.world.faithfulness import action_faithfulness
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
@@ -122,12 +123,17 @@ def measure(
     *,
     plan: Plan | None = None,
     progress: Callable[[], object] | None = None,
+    engine: Roller | None = None,
 ) -> Study:
-    """Roll the world out from every window and compare; `progress` is called after every window."""
+    """Roll the world out from every window and compare; `progress` is called after every window.
+
+    `engine` rolls out in place of a `RolloutEngine` of the world.
+    """
     plan = plan or plan_windows(dataset, world.spec, settings)
     readout = None if settings.readout is None else load_readout(settings.readout, world.device)
     shown = _shown(plan, settings.clips)
     batch = settings.batch or _rows_at_once(world, settings)
+    engine = engine or RolloutEngine(world, sampler=settings.sampler(world.spec.sampler))
     measured: list[Measured] = []
     clips: list[Clip] = []
     denoising: dict[str, dict[str, float]] = {}
@@ -139,7 +145,7 @@ def measure(
             probes: list[_Probe] = []
             paired = pairs(dataset, world.spec, settings, windows)
             while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
-                rollouts = roll_out(world, settings, chunk, first=len(measured), batch=batch, shown=shown)
+                rollouts = roll_out(engine, settings, chunk, first=len(measured), batch=batch, shown=shown)
                 encoded = [through_tokenizer(world, recorded.frames_TVHWC) for recorded, _ in chunk]
                 compare = partial(_compare, world.spec, settings, readout)
                 compared = pool.map(compare, chunk, rollouts, encoded)

@@ -9,6 +9,7 @@ Gaussian errors of that size, and happened to read the truth. Frames before anyt
 for bit, so draws given only those are draws from the prior, with equal weights.
 """
 
+import dataclasses
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -59,26 +60,34 @@ def conditional(
     seed: int = 0,
     proprio_noise: float | None = None,
     at_least: float = 0.0,
+    frames: int | None = None,
 ) -> Conditional:
     """Draw `n` hidden values from the prior, weighted by agreement with frames 0 to k - 1.
 
     With `proprio_noise`, proprioception counts too: errors of that share of each dimension's range in the
-    episode. The same seed gives the same draws whatever `k` is. Raises ConfigError for impossible `k` and
-    `n`, DataError when the draws are worth fewer than `at_least` equal ones; warns when they are worth fewer
-    than ten.
+    episode. The same seed gives the same draws whatever `k` is. `frames` (from k on) is how far each is
+    played, and so the length of the outcomes: weights alone need no more than k. Raises ConfigError for
+    impossible `k`, `n` and `frames`, DataError when the draws are worth fewer than `at_least` equal ones;
+    warns when they are worth fewer than ten.
     """
-    if not 1 <= k <= episode.config.frames or n < 1:
-        expected = f"k 1..{episode.config.frames}, n >= 1"
-        raise ConfigError("conditional", got=f"k {k}, n {n}", expected=expected)
+    frames = episode.config.frames if frames is None else frames
+    if not 1 <= k <= frames <= episode.config.frames or n < 1:
+        expected = f"k 1..{episode.config.frames}, n >= 1, frames k..{episode.config.frames}"
+        raise ConfigError("conditional", got=f"k {k}, n {n}, frames {frames}", expected=expected)
     if proprio_noise is not None and not proprio_noise > 0:
         raise ConfigError("proprio_noise", got=proprio_noise, expected="a positive share, or None")
     effect = effect_of(episode.kind, episode.config.frames)
     rng = np.random.default_rng([zlib.crc32(episode.kind.encode()), episode.seed, seed, 0xC0])
     scene = Scene(effect, episode.look, episode.visible, episode.config.size, episode.config.robot)  # type: ignore[arg-type]
+    plan, begun = episode.plan, slice(frames)
+    plan = dataclasses.replace(
+        plan, joint_targets_TJ=plan.joint_targets_TJ[begun], gripper_T=plan.gripper_T[begun]
+    )
+    begun_episode = dataclasses.replace(episode, plan=plan)
     draws, outcomes, logs = [], [], []
     for _ in range(n):
         hidden = effect.prior(rng, episode.visible)
-        run = play(episode, effect, scene, hidden, render=False)
+        run = play(begun_episode, effect, scene, hidden, render=False)
         draws.append(hidden)
         outcomes.append(run.outcomes_T)
         logs.append(log_likelihood(effect, episode, run, k, proprio_noise))
@@ -101,7 +110,7 @@ def log_likelihood(
         log -= 0.5 * float(np.square(apart_T / sigma).sum())
     if proprio_noise is not None:
         scale_S = proprio_noise * (np.ptp(seen.proprio_TS, axis=0) + RANGE_FLOOR)
-        log -= 0.5 * float(np.square((other.proprio_TS - seen.proprio_TS)[:k] / scale_S).sum())
+        log -= 0.5 * float(np.square((other.proprio_TS[:k] - seen.proprio_TS[:k]) / scale_S).sum())
     return log
 
 

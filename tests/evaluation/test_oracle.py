@@ -1,0 +1,73 @@
+"""The oracle plays true episodes on: with nothing hidden it is the truth, and else it knows no more."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
+pytest.importorskip("numba", reason='needs pip install "vidworld[lab]"')
+
+import vidworld
+from vidworld.data.shards import ShardDataset
+from vidworld.errors import DataError
+from vidworld.evaluation.lab_frames import scene
+from vidworld.evaluation.oracle import OracleConfig, Recorded, foresee
+from vidworld.lab import episode as lab
+from vidworld.lab import gl
+from vidworld.lab.conditional import conditional
+
+PROMPTS = Path(vidworld.__file__).parent / "weights" / "lab" / "prompts"
+
+
+def recorded(key):
+    dataset = ShardDataset.open(PROMPTS)
+    episode = dataset.read(key)
+    made, here = episode.meta["source"]["versions"], lab.versions()
+    if made["mujoco"] != here["mujoco"] or not gl.available():
+        pytest.skip(f"made with {made}, here are {here} and {gl.available()}")
+    return Recorded.of(episode, dataset.manifest.height, key), scene(episode)
+
+
+def test_with_nothing_hidden_the_oracle_sees_the_recording():
+    episode, frames_THWC = recorded("rigid-9000000")
+    found = foresee(episode, (20, 50), OracleConfig())
+    assert found.effective_draws == float("inf")
+    seen_MTHWC = found.frames_MTHWC
+    assert seen_MTHWC.shape == (1, 2, 128, 128, 3)
+    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[20, 50]]).mean() < 0.5
+    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[50, 20]]).mean() > 2
+
+
+def test_hidden_values_are_drawn_from_what_the_context_leaves_open():
+    episode, frames_THWC = recorded("container-9000002")
+    early = foresee(episode, (1, 56), OracleConfig(context=1, draws=6, samples=6))
+    assert early.effective_draws == pytest.approx(6)
+    seen_MTHWC = early.frames_MTHWC.astype(int)
+    # Before contact all futures are the recording; in the end they differ from each other.
+    assert np.abs(seen_MTHWC[:, 0] - frames_THWC[1]).mean() < 0.5
+    assert np.abs(seen_MTHWC[:, 1] - seen_MTHWC[:1, 1]).mean((1, 2, 3)).max() > 1
+
+
+def test_an_episode_that_cannot_be_made_again_is_refused():
+    episode, _ = recorded("rigid-9000000")
+    with pytest.raises(DataError, match="--variety and --exploration"):
+        foresee(episode, (20,), OracleConfig(exploration=0.0))
+    readouts = dict(episode.meta["outcome"]["readouts"])
+    readouts["object0_x"] = [value + 0.05 for value in readouts["object0_x"]]
+    other = {**episode.meta, "outcome": {**episode.meta["outcome"], "readouts": readouts}}
+    with pytest.raises(DataError, match="object0_x of the episode, played again"):
+        foresee(dataclasses.replace(episode, meta=other), (20,), OracleConfig())
+
+
+def test_weights_do_not_depend_on_how_far_draws_are_played():
+    episode = lab.generate("container", 3, lab.LabConfig(size=64, exploration=0.0), render=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, brief = (conditional(episode, 34, 8, frames=frames) for frames in (None, 34))
+    assert np.array_equal(whole.weights_N, brief.weights_N)
+    assert brief.outcomes_NT["box_x"].shape == (8, 34)
+    assert np.array_equal(whole.outcomes_NT["box_x"][:, :34], brief.outcomes_NT["box_x"])
+    assert whole.weights_N.std() > 0

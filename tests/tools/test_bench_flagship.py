@@ -1,0 +1,133 @@
+"""The flagship's measurements: who is compared with whom, pictures that give nothing away, and the key."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vidworld.errors import ConfigError
+from vidworld.evaluation.oracle import Foreseen, OracleConfig
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Import a script by its name."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", "") and str(BENCH) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def clip(value):
+    return np.full((12, 16, 16, 3), value, np.uint8)
+
+
+def drawn(count=10):
+    """Cases whose true clips are dark and imagined ones bright, so that the sheet can be held to the key."""
+    cases, imagined = {}, {}
+    for number, kind in enumerate(("paint", "smoke")):
+        cases[kind] = [
+            SimpleNamespace(
+                key=f"{kind}-{place}",
+                last_HWC=clip(0)[0],
+                grounding=SimpleNamespace(
+                    recording=SimpleNamespace(frames_TVHWC=clip(10 + 50 * number + place)[:, None])
+                ),
+            )
+            for place in range(count)
+        ]
+        imagined[kind] = [
+            SimpleNamespace(video_THWC=clip(130 + 50 * number + place)) for place in range(count)
+        ]
+    return cases, imagined
+
+
+def test_a_blind_look_is_half_and_half_and_its_key_fits_the_sheet(bench):
+    pictures = bench("flagship_pictures")
+    cases, imagined = drawn()
+    sheet, key = pictures.blind_look(cases, imagined, seed=3)
+    assert [one["number"] for one in key] == list(range(1, 21))
+    for kind in cases:
+        assert sum(one["imagined"] for one in key if one["kind"] == kind) == 5
+    assert len({one["episode"] for one in key}) == 20
+    # The order gives nothing away.
+    runs = np.diff([one["imagined"] for one in key]).astype(bool).sum()
+    assert 5 <= runs <= 15
+    for one in key:
+        place = int(one["episode"].rpartition("-")[2])
+        value = (130 if one["imagined"] else 10) + 50 * (one["kind"] == "smoke") + place
+        half = sheet[:, : sheet.shape[1] // 2] if one["number"] <= 10 else sheet[:, sheet.shape[1] // 2 :]
+        assert (half == value).all(-1).any(), one
+    again, same = pictures.blind_look(cases, imagined, seed=3)
+    assert same == key
+    assert np.array_equal(again, sheet)
+    assert pictures.blind_look(cases, imagined, seed=4)[1] != key
+
+
+def test_pictures_are_written_and_the_key_lies_apart(bench, tmp_path):
+    pictures = bench("flagship_pictures")
+    cases, imagined = drawn(4)
+    pictures.write(tmp_path, cases, imagined, seed=0, run="runs/lab")
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        "flagship-paint.jpg", "flagship-smoke.jpg", "flagship-blind.jpg",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "flagship-blind-key.json").read_text())["run"] == "runs/lab"
+
+
+def test_a_blind_look_is_scored(bench, tmp_path, capsys):
+    blind = bench("blind")
+    clips = [{"number": n, "kind": "paint" if n % 2 else "smoke", "imagined": n <= 20} for n in range(1, 41)]
+    (tmp_path / "key.json").write_text(json.dumps({"clips": clips}))
+    asked = [str(tmp_path / "key.json"), "--out", str(tmp_path / "rows.json"), "--imagined"]
+    blind.main([*asked, *map(str, range(1, 11)), *map(str, range(21, 31))], "blind")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["flagship.blind.correct"]["value"] == 0.5
+    assert "p 0.56" in rows["flagship.blind.correct"]["unit"]
+    assert blind.at_least(40, 40) == 2**-40
+    with pytest.raises(ConfigError, match="41"):
+        blind.main([*asked, "41"], "blind")
+
+
+def test_moving_pixels_are_those_that_truth_moves(bench):
+    flagship = bench("flagship")
+    last = np.full((16, 16, 3), 100, np.uint8)
+    truth = np.repeat(last[None], 2, 0)
+    truth[1, :4] = 200
+    wrong = truth.copy()
+    wrong[:, 8:] = 0  # where nothing moves
+    found = flagship.moving_psnr(wrong[None], truth, last)
+    assert np.isnan(found[0])
+    assert found[1] == pytest.approx(100)
+    held = flagship.moving_psnr(np.repeat(last[None], 2, 0)[None], truth, last)
+    assert held[1] == pytest.approx(-20 * np.log10(100 / 255), rel=1e-6)
+
+
+def test_the_oracle_is_computed_once(bench, tmp_path, monkeypatch):
+    flagship = bench("flagship")
+    calls = []
+
+    def foresee(recorded, at, config):
+        calls.append(at)
+        return Foreseen(b"video", 1, float("inf"))
+
+    monkeypatch.setattr(flagship, "foresee", foresee)
+    for _ in range(2):
+        found = flagship.kept(None, [1, 2], OracleConfig(), tmp_path / "oracle" / "one")
+        assert found == Foreseen(b"video", 1, float("inf"))
+    assert calls == [[1, 2]]

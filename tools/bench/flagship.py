@@ -1,0 +1,484 @@
+"""Measure a world of the lab's kinds on held-out seeds: skill by the readout ruler, pictures, actions.
+
+    python tools/bench/flagship.py --run runs/lab --data data/lab --readout runs/readout --device cuda
+
+Every kind's held-out episodes are imagined from their first frames under their own commands, and read by the
+ruler beside the last known frame held still and beside the oracle: the true simulator with hidden values
+drawn from what the context leaves open (`vidworld/evaluation/oracle.py`), played on all cores meanwhile and
+kept in --oracle. Rows: `flagship.skill.<kind>[.<quantity>].h<frames>` and the errors that they are made of;
+PSNR, SSIM and LPIPS with their bounds; `flagship.shuffle_ratio.<kind>`. Each is written as soon as it is
+measured. With --docs also a contact sheet a kind, and a sheet of 40 clips, true and imagined, for a blind
+look, its key apart (`tools/bench/blind.py` scores it).
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flagship_pictures
+import numpy as np
+import torch
+from table import add_rows, cpu_name
+
+from vidworld.config import digest, parse
+from vidworld.data.shards import ShardDataset
+from vidworld.errors import ConfigError, DataError
+from vidworld.evaluation.fidelity import hold
+from vidworld.evaluation.futures import through_tokenizer
+from vidworld.evaluation.grounding import Grounding, ground_episode
+from vidworld.evaluation.lab_frames import scene
+from vidworld.evaluation.lab_truth import Truth, kind_of, read_truth
+from vidworld.evaluation.metrics import psnr, ssim
+from vidworld.evaluation.oracle import Foreseen, OracleConfig, Recorded, foresee, settings_of
+from vidworld.evaluation.readout import Readout, load_readout
+from vidworld.evaluation.skill import headline_errors, in_words, ruler_error, skills, too_blunt
+from vidworld.evaluation.windows import spaced
+from vidworld.lab.effect import EFFECTS
+from vidworld.world.engine import RolloutEngine
+from vidworld.world.load import load
+from vidworld.world.world import WorldModel
+
+Errors = list[dict[str, np.ndarray]]
+MOVED = 16 / 255
+"""A pixel moves if a channel differs from the last known frame by more than this."""
+LEAST_MOVED = 0.002
+"""Share of a picture that must have moved for its moving pixels to be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a world of the lab's kinds."""
+
+    run: Path
+    """The world: a run, an export, or a name."""
+    data: Path
+    """Folder with a dataset a kind, or one dataset."""
+    readout: Path
+    """Directory that `vidworld readout train` wrote."""
+    kinds: tuple[str, ...] = ()
+    """Default: all that are there."""
+    episodes: int = 40
+    """Of a kind, evenly spaced over its held-out ones."""
+    samples: int = 4
+    horizons: tuple[int, ...] = (8, 24, 48)
+    """Frames after the context."""
+    oracle: Path = Path("outputs/oracle")
+    """Where the oracle's futures are kept."""
+    future: OracleConfig = field(default_factory=OracleConfig)
+    steps: int | None = None
+    """Denoising steps a frame, in place of the world's own."""
+    batch: int = 60
+    """Rollouts side by side."""
+    seed: int = 0
+    device: str | None = None
+    workers: int = os.cpu_count() or 1
+    """Processes for the oracle."""
+    budget_s: float = 540.0
+    """Nothing new begins after so many seconds."""
+    docs: Path | None = None
+    """Where images/flagship-*.jpg and flagship-blind-key.json go."""
+    record: Path = Path("outputs/flagship")
+    """Errors of every episode, by kind."""
+    out: Path = Path("benchmarks/flagship.json")
+    """Rows are added here."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "samples", "batch", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name}", got=getattr(self, name), expected="at least 1")
+        if not self.horizons or min(self.horizons) < 1 or list(self.horizons) != sorted(set(self.horizons)):
+            raise ConfigError("--horizons", got=self.horizons, expected="rising frames from 1 on")
+        if self.batch <= self.samples:
+            raise ConfigError("--batch", got=self.batch, expected=f"above --samples {self.samples}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One held-out episode with all that is compared."""
+
+    key: str
+    grounding: Grounding
+    truth: Truth
+    """At the horizons."""
+    frames_THWC: np.ndarray
+    """True frames at the horizons."""
+    last_HWC: np.ndarray
+    """The last known frame."""
+    recorded: Recorded
+
+    @property
+    def actions_TA(self) -> np.ndarray:
+        """Commands after the context."""
+        assert self.grounding.recording is not None
+        return self.grounding.recording.actions_TA
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """What a world makes of a case."""
+
+    frames_MTHWC: np.ndarray
+    """At the horizons."""
+    shuffled_THWC: np.ndarray
+    """Sample 0 under the commands of another episode."""
+    video_THWC: np.ndarray
+    """All frames of sample 0."""
+
+
+class Rows:
+    """Prints and saves each figure at once, and knows when time is up."""
+
+    def __init__(self, options: Options, arguments: Sequence[str]) -> None:
+        self.options, self.began = options, time.monotonic()
+        gpu = (options.device or "").startswith("cuda")
+        self.device = torch.cuda.get_device_name() if gpu else cpu_name()
+        self.command = " ".join(["python", "tools/bench/flagship.py", *arguments])
+
+    def add(self, rows: Mapping[str, tuple[float, str]]) -> None:
+        """Some figures."""
+        for name, (value, unit) in rows.items():
+            print(f"{name:<56} {value:9.4g} {unit}", flush=True)
+        kept = {name: (float(f"{value:.4g}"), unit) for name, (value, unit) in rows.items()}
+        add_rows(self.options.out, kept, device=self.device, command=self.command, packages=("torch",))
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until nothing new begins."""
+        return self.options.budget_s - (time.monotonic() - self.began)
+
+
+def main(arguments: Sequence[str], prog: str) -> None:
+    """Measure kind by kind; what time does not suffice for is said."""
+    options = parse(Options, arguments, prog=prog)
+    rows = Rows(options, arguments)
+    world, readout = load(options.run, options.device), load_readout(options.readout, options.device or "cpu")
+    cases = {kind: read_cases(world, data, kind, options) for kind, data in datasets(options).items()}
+    missing = [kind for kind in cases if kind not in readout.kinds]
+    if missing:
+        raise ConfigError("kinds of the readout", got=", ".join(readout.kinds), expected=", ".join(missing))
+    first = {kind: of_kind[0] for kind, of_kind in cases.items()}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        # One episode of each kind first: what cannot be made again here fails before anything long begins.
+        for kind, job in {kind: oracle_of(pool, case, options) for kind, case in first.items()}.items():
+            print(f"oracle of {kind}: {job.result().effective_draws:.3g} effective draws", flush=True)
+        futures = {kind: [oracle_of(pool, case, options) for case in cases[kind]] for kind in cases}
+        imagined: dict[str, list[Imagined]] = {}
+        measure = lpips()
+        engine = RolloutEngine(world, sampler=sampler(world, options))
+        for kind, of_kind in cases.items():
+            if rows.left_s < 0:
+                print(f"left out for want of time: {kind}", flush=True)
+                continue
+            began = time.monotonic()
+            imagined[kind] = list(imagine(world, engine, of_kind, options))
+            rows.add(picture_rows(kind, world, of_kind, imagined[kind], options, measure))
+            print(f"{kind}: imagined in {time.monotonic() - began:.0f} s", flush=True)
+        if options.docs is not None:
+            flagship_pictures.write(options.docs, cases, imagined, seed=options.seed, run=str(options.run))
+        for kind, found in imagined.items():
+            known = finished(futures[kind], rows.left_s)
+            print(f"oracle of {kind}: {len(known)} of {len(cases[kind])} episodes in time", flush=True)
+            if len(known) > 1:
+                judge(kind, readout, cases[kind], found, known, options, rows)
+        for job in (job for of_kind in futures.values() for job in of_kind):
+            job.cancel()
+
+
+def datasets(options: Options) -> dict[str, ShardDataset]:
+    """Kind -> dataset, in the lab's order; one dataset may hold several kinds."""
+    paths = [options.data] if (options.data / "manifest.json").is_file() else sorted(options.data.iterdir())
+    found: dict[str, ShardDataset] = {}
+    for path in paths:
+        if not (path / "manifest.json").is_file():
+            continue
+        dataset = ShardDataset.open(path)
+        for sample in dataset.manifest.samples("val"):
+            found.setdefault(kind_of(dataset.meta(sample.key), where=path), dataset)
+            if len(paths) > 1:
+                break
+    asked = options.kinds or tuple(EFFECTS)
+    chosen = {kind: found[kind] for kind in EFFECTS if kind in found and kind in asked}
+    if not chosen or any(kind not in chosen for kind in options.kinds):
+        raise ConfigError(
+            "--data", got=f"{options.data} with {', '.join(found) or 'no kind'}", expected=asked
+        )
+    return chosen
+
+
+def read_cases(world: WorldModel, dataset: ShardDataset, kind: str, options: Options) -> list[Case]:
+    """The held-out episodes of a kind, and what is compared of them."""
+    context, last = options.future.context, max(options.horizons)
+    samples = [
+        sample
+        for sample in dataset.manifest.samples("val")
+        if sample.frames >= context + last
+        and kind_of(dataset.meta(sample.key), where=dataset.directory) == kind
+    ]
+    if not samples:
+        raise DataError(
+            f"held-out episodes of {kind} of {context} + {last} frames", where=dataset.directory, got="none"
+        )
+    chosen = [samples[place] for place in spaced(len(samples) - 1, min(len(samples), options.episodes))]
+    at = [context - 1 + horizon for horizon in options.horizons]
+    cases = []
+    for sample in chosen:
+        where = f"{sample.key} of {dataset.directory}"
+        grounding = ground_episode(dataset, sample.key, world.spec, context=context, frames=last)
+        episode = dataset.read(sample.key)
+        frames_THWC = scene(episode)
+        cases.append(
+            Case(
+                sample.key,
+                grounding,
+                read_truth(episode.meta, frames_THWC, where=where)[at],
+                frames_THWC[at],
+                frames_THWC[context - 1],
+                Recorded.of(episode, dataset.manifest.height, where),
+            )
+        )
+    return cases
+
+
+def oracle_of(
+    pool: concurrent.futures.ProcessPoolExecutor, case: Case, options: Options
+) -> "concurrent.futures.Future[Foreseen]":
+    """The oracle's futures of a case, from the cache where they are there."""
+    at = [options.future.context - 1 + horizon for horizon in options.horizons]
+    facts = [settings_of(options.future, at), case.recorded.meta["outcome"]["readouts"]]
+    path = options.oracle / f"{case.truth.kind}-{case.key}-{digest(facts)}"
+    return pool.submit(kept, case.recorded, at, options.future, path)
+
+
+def kept(recorded: Recorded, at: list[int], config: OracleConfig, path: Path) -> Foreseen:
+    """`foresee` with a cache: PATH.mp4, and PATH.json written last."""
+    note = path.with_name(f"{path.name}.json")
+    if note.is_file():
+        facts = json.loads(note.read_text())
+        effective = float("inf") if facts["effective_draws"] is None else facts["effective_draws"]
+        return Foreseen(path.with_name(f"{path.name}.mp4").read_bytes(), facts["samples"], effective)
+    found = foresee(recorded, at, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(f"{path.name}.mp4").write_bytes(found.video)
+    worth = found.effective_draws if np.isfinite(found.effective_draws) else None
+    note.write_text(json.dumps({"samples": found.samples, "effective_draws": worth}) + "\n")
+    return found
+
+
+def finished(jobs: Sequence["concurrent.futures.Future[Foreseen]"], wait_s: float) -> dict[int, Foreseen]:
+    """Results by place of what is done in time."""
+    done, _ = concurrent.futures.wait(jobs, timeout=max(wait_s, 0))
+    return {place: job.result() for place, job in enumerate(jobs) if job in done}
+
+
+def sampler(world: WorldModel, options: Options) -> Any:
+    """The world's own, with other steps if asked."""
+    own = world.spec.sampler
+    return own if options.steps is None else dataclasses.replace(own, steps=options.steps)
+
+
+@torch.no_grad()
+def imagine(
+    world: WorldModel, engine: RolloutEngine, cases: Sequence[Case], options: Options
+) -> Iterator[Imagined]:
+    """Futures of each case under its own commands, and one under those of the next case."""
+    samples = options.samples
+    together = min(len(cases), options.batch // (samples + 1))
+    at = [horizon - 1 for horizon in options.horizons]
+    for first in range(0, len(cases), together):
+        # The last group is filled up: another batch size would be captured anew.
+        places = [min(first + place, len(cases) - 1) for place in range(together)]
+        state = world.reset(
+            [cases[place].grounding.prompt for place in places],
+            samples,
+            options.seed,
+            sample_ids=[place * samples + sample for place in places for sample in range(samples)],
+            sampler=engine.sampler,
+            allow_out_of_range=True,
+        )
+        own = [cases[place].actions_TA for place in places for _ in range(samples)]
+        other = [cases[(place + 1) % len(cases)].actions_TA for place in places]
+        rows = [*range(len(own)), *range(0, len(own), samples)]
+        found = engine.rollout(state.select(rows), np.stack(own + other), allow_out_of_range=True)
+        assert found.video_BTVHWC is not None
+        video_BTHWC = found.video_BTVHWC[:, :, 0].cpu().numpy()
+        for index, place in enumerate(dict.fromkeys(places)):
+            mine = slice(index * samples, (index + 1) * samples)
+            yield Imagined(
+                video_BTHWC[mine][:, at],
+                video_BTHWC[len(own) + index][at],
+                video_BTHWC[index * samples],
+            )
+            assert place == first + index
+
+
+def picture_rows(
+    kind: str,
+    world: WorldModel,
+    cases: Sequence[Case],
+    imagined: Sequence[Imagined],
+    options: Options,
+    perceptual: Any,
+) -> dict[str, tuple[float, str]]:
+    """PSNR, SSIM and LPIPS, beside the last frame held and the tokenizer; the ratio of wrong commands."""
+    horizons, count = options.horizons, len(cases)
+    values: dict[str, list[np.ndarray]] = {}
+    wrong, right = [], []
+    for case, found in zip(cases, imagined, strict=True):
+        true_THWC = case.frames_THWC
+        bound_THWC = through_tokenizer(world, true_THWC[:, None])[1][:, 0]
+        held_THWC = np.broadcast_to(case.last_HWC, true_THWC.shape)
+        for who, frames_MTHWC in (
+            ("", found.frames_MTHWC),
+            (".held", held_THWC[None]),
+            (".bound", bound_THWC[None]),
+        ):
+            true_MTHWC = np.broadcast_to(true_THWC, frames_MTHWC.shape)
+            values.setdefault(f"psnr{who}", []).append(psnr(frames_MTHWC, true_MTHWC).mean(0))
+            values.setdefault(f"ssim{who}", []).append(ssim(frames_MTHWC, true_MTHWC).mean(0))
+            values.setdefault(f"psnr_moving{who}", []).append(
+                moving_psnr(frames_MTHWC, true_THWC, case.last_HWC)
+            )
+            if perceptual is not None:
+                values.setdefault(f"lpips{who}", []).append(perceptual(frames_MTHWC, true_MTHWC))
+        wrong.append(square_error(found.shuffled_THWC, true_THWC))
+        right.append(square_error(found.frames_MTHWC[0], true_THWC))
+    units = {"psnr": "dB", "psnr_moving": "dB, of pixels that move", "ssim": "1", "lpips": "LPIPS"}
+    rows = {
+        f"flagship.{name}.{kind}.h{horizon}": (
+            float(np.nanmean(column)),
+            f"{units[name.partition('.')[0]]}, {int(np.isfinite(column).sum())} episodes",
+        )
+        for name, per_episode in values.items()
+        for horizon, column in zip(horizons, np.array(per_episode).T, strict=True)
+        if np.isfinite(column).any()
+    }
+    ratio = float(np.mean(wrong) / np.mean(right))
+    return rows | {f"flagship.shuffle_ratio.{kind}": (ratio, f"1, frames {horizons}, {count} episodes")}
+
+
+def moving_psnr(frames_MTHWC: np.ndarray, true_THWC: np.ndarray, last_HWC: np.ndarray) -> np.ndarray:
+    """PSNR [T] over what differs in truth from the last known frame; NaN where hardly anything does."""
+    truth = true_THWC / 255.0
+    moves_THW = (np.abs(truth - last_HWC / 255.0) > MOVED).any(axis=-1)
+    square_THW = np.square(frames_MTHWC / 255.0 - truth).mean((0, -1))
+    count_T = moves_THW.sum((1, 2))
+    mean_T = (square_THW * moves_THW).sum((1, 2)) / np.maximum(count_T, 1)
+    judged_T = count_T >= LEAST_MOVED * np.prod(true_THWC.shape[1:3])
+    return np.where(judged_T, -10 * np.log10(np.maximum(mean_T, 1e-10)), np.nan)
+
+
+def square_error(frames_THWC: np.ndarray, true_THWC: np.ndarray) -> float:
+    """Mean over pixels and frames."""
+    return float(np.square(frames_THWC / 255.0 - true_THWC / 255.0).mean())
+
+
+def lpips() -> Any:
+    """LPIPS (arXiv 1801.03924) of uint8 videos -> [T]; None, with a line that says why, without weights."""
+    try:
+        from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity as distance
+
+        def measure(frames_MTHWC: np.ndarray, true_MTHWC: np.ndarray) -> np.ndarray:
+            a, b = (
+                torch.from_numpy(np.array(video)).movedim(-1, -3).float() / 127.5 - 1
+                for video in (frames_MTHWC, true_MTHWC)
+            )
+            return np.array(
+                [
+                    float(distance(a[:, t], b[:, t], net_type="alex", reduction="mean"))
+                    for t in range(a.shape[1])
+                ]
+            )
+
+        measure(*np.zeros((2, 1, 1, 64, 64, 3), np.uint8))
+    except Exception as error:  # whatever keeps the weights from being there
+        print(f"no LPIPS: {' '.join(str(error).split())[:160]}", flush=True)
+        return None
+    return measure
+
+
+def judge(
+    kind: str,
+    readout: Readout,
+    cases: Sequence[Case],
+    imagined: Sequence[Imagined],
+    oracle: Mapping[int, Foreseen],
+    options: Options,
+    rows: Rows,
+) -> None:
+    """Read everything with the ruler, and add the rows of skill."""
+    columns = len(options.horizons)
+    errors: dict[str, Errors] = {"imagined": [], "held": [], "oracle": [], "ruler": []}
+    oracle_psnr = []
+    for place in oracle:
+        case, seen = cases[place], oracle[place].frames_MTHWC
+        last = hold(readout(case.last_HWC[None, None], kind), 0, columns)
+        videos = {"imagined": imagined[place].frames_MTHWC, "oracle": seen, "ruler": case.frames_THWC[None]}
+        for who, frames in videos.items():
+            errors[who].append(headline_errors(readout(frames, kind), case.truth))
+        errors["held"].append(headline_errors(last, case.truth))
+        oracle_psnr.append(psnr(seen, np.broadcast_to(case.frames_THWC, seen.shape)).mean(0))
+    card = readout.errors[kind]
+    bad = too_blunt(kind, card)
+    found: dict[str, tuple[float, str]] = {
+        f"flagship.psnr.oracle.{kind}.h{horizon}": (value, f"dB, {len(oracle)} episodes")
+        for horizon, value in zip(options.horizons, np.mean(oracle_psnr, 0), strict=True)
+    }
+    for column, horizon in enumerate(options.horizons):
+        table = skills(
+            errors["imagined"], errors["held"], errors["oracle"], column, leave_out=bad, seed=options.seed
+        )
+        for name, skill in table.items():
+            notes = f"1, {in_words(name, skill)}"
+            if name:
+                notes += f"; {ruler_error(name, kind, card)}{': too blunt' if name in bad else ''}"
+            full = f"flagship.skill.{kind}.{name}.h{horizon}".replace("..", ".")
+            if skill.value is None:
+                print(f"{full:<56} nothing to foresee ({notes})", flush=True)
+            else:
+                found[full] = (skill.value, notes)
+        for name in errors["imagined"][0]:
+            for who, of_who in errors.items():
+                means = [
+                    float(np.nanmean(one[name][..., column])) for one in of_who if known(one, name, column)
+                ]
+                if means:
+                    found[f"flagship.error.{kind}.{name}.{who}.h{horizon}"] = (
+                        float(np.mean(means)), f"{len(means)} episodes",
+                    )  # fmt: skip
+    worth = [one.effective_draws for one in oracle.values() if np.isfinite(one.effective_draws)]
+    if worth:
+        found[f"flagship.oracle_draws.{kind}"] = (
+            float(np.median(worth)),
+            f"effective of {options.future.draws}, median of {len(worth)} episodes",
+        )
+    rows.add(found)
+    options.record.mkdir(parents=True, exist_ok=True)
+    raw = {
+        who: [{name: np.round(value, 6).tolist() for name, value in one.items()} for one in of_who]
+        for who, of_who in errors.items()
+    }
+    facts = {"kind": kind, "horizons": options.horizons, "episodes": [cases[place].key for place in oracle]}
+    (options.record / f"errors-{kind}.json").write_text(json.dumps(facts | {"errors": raw}) + "\n")
+
+
+def known(errors: Mapping[str, np.ndarray], name: str, column: int) -> bool:
+    """Whether the truth shows this quantity there."""
+    return bool(np.isfinite(errors[name][..., column]).any())
+
+
+if __name__ == "__main__":
+    from vidworld.errors import VidworldError
+
+    try:
+        main(sys.argv[1:], "python tools/bench/flagship.py")
+    except VidworldError as error:
+        raise SystemExit(f"error: {error}") from None
