@@ -1,5 +1,7 @@
 """Every graph of a run is made before its first step, and nothing breaks them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,19 @@ from vidworld.model.compile import compile_blocks
 from vidworld.model.dit import CausalDiT, DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
+from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.trainer.feed import clip_kinds
 from vidworld.trainer.optim import OptimConfig, build_optimizers
-from vidworld.trainer.tasks import Moment, WorldTask
-from vidworld.trainer.warm_up import ClipShape, clip_shapes, prepare_kernels, synthetic_batch, warm_up
+from vidworld.trainer.tasks import Moment, TokenizerTask, WorldTask
+from vidworld.trainer.warm_up import (
+    ClipShape,
+    clip_shapes,
+    prepare_kernels,
+    synthetic_batch,
+    warm_up,
+    warm_up_tokenizer,
+)
+from vidworld.types import Layout
 
 CONTRACT = ActionContract(
     "arm",
@@ -139,3 +150,26 @@ def test_the_line_says_what_was_chosen():
         "attention along 8 frames: sdpa (its kernel reads a mask on cpu); "
         "attention along 24 frames: sdpa (its kernel reads a mask on cpu)"
     )
+
+
+def test_a_tokenizer_is_compiled_before_its_first_step():
+    layout = Layout(("scene",), 16, 16, 10.0)
+    config = ConvTokenizerConfig(
+        widths=(16, 16, 16), encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0), norm_groups=16
+    )
+    task = TokenizerTask(ConvTokenizer(config), (layout,))
+    graphs = CompileCounter()
+    task.net.encoder.compile(backend=graphs)
+    task.net.decoder.compile(backend=graphs)
+    before = [parameter.clone() for parameter in task.parameters()]
+    warm_up_tokenizer(task, ClipShape(rows=2, frames=3), layout, CPU, no_autocast)
+    made = graphs.frame_count
+    assert made == 2
+    assert all(map(torch.equal, before, task.parameters()))
+    assert all(parameter.grad is None for parameter in task.parameters())
+    rng = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (2, 3, 1, 3, 16, 16), dtype=torch.uint8, generator=rng)
+    batch = synthetic_batch(make_task(compiled=False)[0], ClipShape(2, 3), CPU)
+    batch = replace(batch, latents_BTVChw=None, video_BTVCHW=video)
+    task(batch, rng, Moment())["loss"].backward()
+    assert graphs.frame_count == made, "a real batch needs no other graph"

@@ -74,6 +74,15 @@ class ResidualBlock(nn.Module):
         return x_NDhw + self.conv_out(F.silu(self.norm_out(hidden)))
 
 
+class Layers(nn.Sequential):
+    """Layers one after another, compiled as one graph: of torch's own `forward` only its parts would be."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self:
+            input = layer(input)
+        return input
+
+
 class ConvTokenizer(FrameStreaming, NormalisedTokenizer):
     """Per-frame convolutional autoencoder: f8, normalised latents, decoder robust to noise on them.
 
@@ -142,10 +151,10 @@ class ConvTokenizer(FrameStreaming, NormalisedTokenizer):
         return reconstruction_loss(self.decoder(noisy_NChw), images_NCHW, latents_NChw, self.config.loss)
 
 
-def _encoder(config: ConvTokenizerConfig) -> nn.Sequential:
+def _encoder(config: ConvTokenizerConfig) -> Layers:
     half, quarter, eighth = config.widths
     blocks = _blocks(config, config.encoder_blocks)
-    return nn.Sequential(
+    return Layers(
         nn.PixelUnshuffle(2),
         nn.Conv2d(12, half, 3, padding=1),
         *blocks[0],
@@ -159,10 +168,10 @@ def _encoder(config: ConvTokenizerConfig) -> nn.Sequential:
     )
 
 
-def _decoder(config: ConvTokenizerConfig) -> nn.Sequential:
+def _decoder(config: ConvTokenizerConfig) -> Layers:
     half, quarter, eighth = config.widths
     blocks = _blocks(config, config.decoder_blocks)
-    return nn.Sequential(
+    return Layers(
         nn.Conv2d(config.latent_channels, eighth, 3, padding=1),
         *blocks[2],
         nn.Upsample(scale_factor=2, mode="nearest"),

@@ -46,7 +46,7 @@ from vidworld.trainer.samples import FaithfulnessAlarm, TokenizerSamples, Valida
 from vidworld.trainer.supervise import supervise_command
 from vidworld.trainer.tasks import Task, TokenizerTask, WorldTask, pictures
 from vidworld.trainer.upload import fetch_newest
-from vidworld.trainer.warm_up import clip_shapes, prepare_kernels
+from vidworld.trainer.warm_up import clip_shapes, prepare_kernels, warm_up_tokenizer
 from vidworld.types import Batch, Layout
 from vidworld.world.build import build, load_weights
 from vidworld.world.load import find
@@ -162,13 +162,20 @@ def _train_tokenizer(
     tokenizer = ConvTokenizer(training.tokenizer)
     for layout in layouts:
         check_size(layout.height, layout.width, tokenizer.size_multiple)
-    trial = _Trial(training, TokenizerTask(tokenizer, layouts), run, log, heart)
+    task = TokenizerTask(tokenizer, layouts)
+    trial = _Trial(training, task, run, log, heart)
     feed = clip_feed(corpus, training.loader, seed=training.seed, **trial.layout)
     unseen = held_out(training, corpus)
     looks = [Look(training.look.validate_every, Validation(unseen, trial.autocast))]
     looks.append(Look(training.look.sample_every, TokenizerSamples(unseen, run / "samples", trial.autocast)))
     loop = trial.loop(feed, looks, {"kind": training.kind}, resume=resume)
     begin()
+    config = training.engine
+    # Pictures of several sizes are compiled for any number of them, at the first that come.
+    if uses_compile(config) and not task.layouts and config.strategy in ("ddp", "zero1", "zero2"):
+        (shape,) = clip_shapes([training.loader], trial.parts)
+        took = warm_up_tokenizer(task, shape, layouts[0], trial.engine.device, trial.autocast)
+        log.say(f"compiled in {took:.0f} s")
     loop.fit()
     if trial.engine.rank == 0:
         averaged = loop.ema.module.net

@@ -16,8 +16,8 @@ from vidworld.diffusion.objective import bootstrap_rows, resample_rows
 from vidworld.model.inputs import Streams
 from vidworld.model.sequence import frames_of
 from vidworld.tokenizers.base import num_latent_frames
-from vidworld.trainer.tasks import Moment, WorldTask
-from vidworld.types import Batch
+from vidworld.trainer.tasks import Moment, Task, TokenizerTask, WorldTask
+from vidworld.types import Batch, Layout
 
 # Rows that learn from half steps, or imagine their history, change between micro-batches, with this period at
 # most for usual fractions.
@@ -63,14 +63,40 @@ def warm_up(task: WorldTask, shapes: Sequence[ClipShape], device: torch.device, 
     Weights, their `.grad`, hooks of wrappers on them and torch's random state are left as they are.
     """
     began = time.perf_counter()
-    parameters = [parameter for parameter in task.net.parameters() if parameter.requires_grad]
-    generator = torch.Generator(device)
     for shape in shapes:
         batch = synthetic_batch(task, shape, device)
         for moment in _moments(task, shape):
-            with autocast():
-                loss = task(batch, generator, moment)["loss"]
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            _forward_backward(task, batch, moment, device, autocast)
+    return _settled(began, device)
+
+
+def warm_up_tokenizer(
+    task: TokenizerTask, shape: ClipShape, layout: Layout, device: torch.device, autocast: Any
+) -> float:
+    """The same for a tokenizer, on grey pictures of its robot; returns seconds."""
+    began = time.perf_counter()
+    size = (shape.rows, shape.frames, len(layout.views), 3, layout.height, layout.width)
+    batch = Batch(
+        ids=("",) * shape.rows,
+        actions_BTA=torch.zeros(*size[:2], 1, device=device),
+        proprio_BTS=torch.zeros(*size[:2], 1, device=device),
+        embodiment_B=torch.zeros(shape.rows, dtype=torch.int64, device=device),
+        video_BTVCHW=torch.full(size, 128, dtype=torch.uint8, device=device),
+    )
+    _forward_backward(task, batch, Moment(), device, autocast)
+    return _settled(began, device)
+
+
+def _forward_backward(
+    task: Task[Any], batch: Batch, moment: Moment, device: torch.device, autocast: Any
+) -> None:
+    parameters = [parameter for parameter in task.net.parameters() if parameter.requires_grad]
+    with autocast():
+        loss = task(batch, torch.Generator(device), moment)["loss"]
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def _settled(began: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
