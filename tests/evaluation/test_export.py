@@ -1,10 +1,12 @@
 """`vidworld export`: opens again with the same numbers, and refuses what is damaged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vidworld
 from vidworld import cli
@@ -121,3 +123,49 @@ def test_without_prompts_a_rollout_asks_for_one(export, tmp_path, capsys):
     assert export() == 0
     assert cli.run(["rollout", str(tmp_path / "out"), "--out", str(tmp_path / "rolled")]) == 2
     assert "--prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def second_run(untrained_run, tmp_path):
+    """The same world as if it had been trained with another seed."""
+    run = tmp_path / "second"
+    shutil.copytree(untrained_run, run)
+    (weights,) = run.glob("checkpoints/*/ema.safetensors")
+    moved = {name: tensor + 0.1 * tensor.roll(1) for name, tensor in load_file(weights).items()}
+    save_file(moved, weights)
+    return run
+
+
+def test_an_ensemble_goes_into_one_folder_with_one_tokenizer(untrained_run, second_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["export", str(untrained_run), str(second_run), "--out", str(out)]
+    assert cli.run(arguments) == 0, capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "ensemble.json", "manifest.json", "member-0", "member-1", "tokenizer",
+    ]  # fmt: skip
+    assert not (out / "member-0" / "tokenizer").exists()
+    assert torch.equal(imagine(out), imagine([untrained_run, second_run]))
+    assert torch.equal(imagine(out)[:1], imagine(untrained_run))
+    assert torch.equal(imagine(out / "member-1"), imagine(second_run))
+    assert "2 members of" in (out / "README.md").read_text()
+    # Again, from the packed one; and only an ensemble may be written over.
+    assert cli.run(["export", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert torch.equal(imagine(tmp_path / "again"), imagine(out))
+    assert cli.run([*arguments, "--overwrite"]) == 0
+    assert cli.run(["export", str(untrained_run), "--out", str(out), "--overwrite"]) == 2
+    assert "holds no model.safetensors" in capsys.readouterr().err
+    damaged = out / "member-1" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(CheckpointError, match=r"weights are damaged in .*member-1"):
+        vidworld.load(out, "cpu")
+
+
+def test_strangers_are_not_packed_together(untrained_run, second_run, tmp_path, capsys):
+    spec = json.loads((second_run / "world.json").read_text())
+    spec["spec"]["fps"] = 20.0
+    (second_run / "world.json").write_text(json.dumps(spec))
+    assert cli.run(["export", str(untrained_run), str(second_run), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "`fps` of a member in" in error
+    assert str(second_run) in error
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,9 @@ from vidworld.output import output_directory
 from vidworld.quantize import Precision, compress
 from vidworld.tokenizers.conv import ConvTokenizer
 from vidworld.tokenizers.store import copy_tokenizer, has_weights, save_tokenizer
-from vidworld.world.load import Files, find, load
+from vidworld.world.ensemble import Ensemble
+from vidworld.world.load import ENSEMBLE, ENSEMBLE_VERSION, Files, find, load, members
+from vidworld.world.shipped import prompts_of
 from vidworld.world.world import WorldModel
 
 WEIGHTS, MANIFEST, PROMPTS = "model.safetensors", "manifest.json", "prompts"
@@ -28,15 +30,16 @@ WEIGHTS, MANIFEST, PROMPTS = "model.safetensors", "manifest.json", "prompts"
 
 @dataclass(frozen=True)
 class Options:
-    """Pack a run into a small folder to share.
+    """Pack a run, or several as an ensemble, into a small folder to share.
 
     It holds world.json, tokenizer/, model.safetensors (the averaged weights), a manifest with checksums and a
     README, no pickle and no code. `vidworld.load(folder)` opens it. A pretrained tokenizer goes along as the
-    path and digest of its weights, or whole; our own is rounded as the network is.
+    path and digest of its weights, or whole; our own is rounded as the network is. Of an
+    ensemble it holds ensemble.json, one tokenizer/, and a folder for each member.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Directory of a trained world."""
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Directory of a trained world; several that differ in their seed make an ensemble."""
     out: Path
     """Directory to write; it must not exist."""
     precision: Precision = "fp32"
@@ -55,7 +58,8 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld export`."""
     options = parse(Options, arguments, prog=prog)
-    with output_directory(options.out, WEIGHTS, overwrite=options.overwrite) as folder:
+    record = ENSEMBLE if len(members(options.run)) > 1 else WEIGHTS
+    with output_directory(options.out, record, overwrite=options.overwrite) as folder:
         size = export(
             options.run,
             folder,
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 
 def export(
-    run: Path,
+    runs: Path | Sequence[Path],
     folder: Path,
     precision: Precision = "fp32",
     *,
@@ -87,27 +91,42 @@ def export(
     Prompts of an export go along to its own exports. Raises CheckpointError as `load` does, DataError or
     ContractError for prompts that the world cannot begin with.
     """
-    files = find(run)
-    world = load(run, "cpu", embodiment=embodiment)
-    spec, calibration = world.spec, world.calibration
-    if prompts := prompts or files.prompts:
+    paths = members(runs)
+    files = find(paths[0])
+    world = load(paths, "cpu", embodiment=embodiment)
+    if prompts := prompts or prompts_of(files.tokenizer.parent):
         _copy_prompts(world, prompts, folder / PROMPTS)
-    # One entry only: safetensors writes several in an order that changes from run to run.
-    weights = compress(world.model.state_dict(), precision)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it, and it is there to be shared
+    tokenizer_digest = world.spec.tokenizer_digest
     if isinstance(world.tokenizer, ConvTokenizer) and precision != "fp32":
-        digest = save_tokenizer(world.tokenizer, folder / "tokenizer", precision=precision)
-        spec = replace(spec, tokenizer_digest=digest)
+        tokenizer_digest = save_tokenizer(world.tokenizer, folder / "tokenizer", precision=precision)
     else:
         copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
-    spec.write(folder)
-    if calibration is not None:
-        calibration.for_weights(sha256_of(folder / WEIGHTS), spec.digest).write(folder)
+    if isinstance(world, Ensemble):
+        names = [f"member-{index}" for index in range(world.num_members)]
+        for name, member in zip(names, world.members, strict=True):
+            (folder / name).mkdir()
+            _write_world(member, folder / name, precision, tokenizer_digest)
+            write_manifest(folder / name)
+        listing = {"schema_version": ENSEMBLE_VERSION, "members": names}
+        (folder / ENSEMBLE).write_text(json.dumps(listing, indent=1) + "\n")
+    else:
+        _write_world(world, folder, precision, tokenizer_digest)
     (folder / "README.md").write_text(model_card(world, files, precision, has_prompts=prompts is not None))
     write_manifest(folder)
     load(folder, "cpu")  # an export that does not open is no export
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _write_world(world: WorldModel, folder: Path, precision: Precision, tokenizer_digest: str) -> None:
+    """Weights, spec and calibration."""
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    weights = compress(world.model.state_dict(), precision)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it, and it is there to be shared
+    spec = replace(world.spec, tokenizer_digest=tokenizer_digest)
+    spec.write(folder)
+    if world.calibration is not None:
+        world.calibration.for_weights(sha256_of(folder / WEIGHTS), spec.digest).write(folder)
 
 
 def write_manifest(folder: Path) -> None:
@@ -142,6 +161,8 @@ def model_card(world: WorldModel, files: Files, precision: Precision, *, has_pro
         for layout in dict.fromkeys(spec.layout(contract.embodiment) for contract in spec.contracts)
     )
     parameters = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    size = f"{world.num_members} members of " if world.num_members > 1 else ""
+    size += f"{parameters:.1f}M"
     zeros = ", ".join("0.0" for _ in spec.contracts[0].action)
     embodiment = f', embodiment="{first}"' if len(shown.contracts) > 1 else ""
     views = "" if len(shown.views) == 1 else f"{len(shown.views)}, "
@@ -174,7 +195,7 @@ print(seen.video_BVHWC.shape, seen.proprio_BS.shape)
 | | |
 |---|---|
 | pictures | {pictures} |
-| network | {parameters:.1f}M parameters, {spec.model.width} wide, {spec.model.depth} deep, in {precision} |
+| network | {size} parameters, {spec.model.width} wide, {spec.model.depth} deep, in {precision} |
 | sampler | {sampler.steps} {sampler.method} steps a frame, window of {sampler.window} frames |
 | checkpoint | `{files.checkpoint}`, vidworld {__version__} |
 | dataset | digest `{spec.dataset_digest or "not recorded"}` |

@@ -14,6 +14,7 @@ from vidworld.model.embodiments import carry_over
 from vidworld.model.normalizer import Normalizer
 from vidworld.quantize import restore
 from vidworld.tokenizers.base import Tokenizer
+from vidworld.world.ensemble import Ensemble
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
 
@@ -55,6 +56,8 @@ def narrow(world: WorldModel, names: Sequence[str]) -> WorldModel:
     reset, stepped and evaluated. Raises ContractError for an unknown name, ConfigError where they do not see
     alike.
     """
+    if isinstance(world, Ensemble):
+        return Ensemble([narrow(member, names) for member in world.members])
     spec = world.spec.only(names)
     with torch.random.fork_rng(devices=[]):  # its first weights are thrown away, and must not move the stream
         model = CausalDiT(spec.model, spec.shape)

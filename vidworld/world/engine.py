@@ -22,6 +22,7 @@ from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.frame_loop import FrameLoop
 from vidworld.world.intake import Numbers
+from vidworld.world.member_loops import MemberLoops
 from vidworld.world.spec import SamplerConfig
 from vidworld.world.state import Observation, Rollout, WorldState
 from vidworld.world.world import FRAMES_BETWEEN_CHECKS, WorldModel, all_finite, require_finite
@@ -66,12 +67,12 @@ class RolloutEngine:
         self._graphs = graphs and world.device.type == "cuda"
         with world.precision():
             self._half = torch.is_autocast_enabled(world.device.type) if half is None else half
-        self._model = _halved(world.model) if self._half else world.model
+        self._models = [_halved(model) if self._half else model for model in world.networks]
         tokenizer = world.tokenizer
         if self._half and isinstance(tokenizer, nn.Module):
             tokenizer = _halved(tokenizer)
         self._codec = Codec(tokenizer, world.spec, world.dtype, self._precision)
-        self._loop: FrameLoop | None = None
+        self._loop: FrameLoop | MemberLoops | None = None
         self._runs: dict[tuple[bool, bool], Callable[[], None]] = {}
         self._look: Callable[[], None] | None = None
         self._given: WorldState | None = None
@@ -92,8 +93,8 @@ class RolloutEngine:
         Raises CheckpointError or ConfigError for a state of another world or device.
         """
         self.world.require_own(state)
-        if self._loop is None or self._loop.batch != len(state):
-            self._loop = self._make(len(state))
+        if self._loop is None or not self._loop.fits(state):
+            self._loop = self._make(state)
             self._runs, self._look = {}, None
         self._loop.load(state)
         self._given = self._current = state
@@ -109,7 +110,7 @@ class RolloutEngine:
                 loop.commit()
         self._current = dataclasses.replace(
             given,
-            cache=loop.net.ring().to_cache(),
+            cache=loop.cache(),
             newest=loop.clean.map(torch.clone),
             frame=loop.frame,
             lead=loop.lead,
@@ -138,6 +139,7 @@ class RolloutEngine:
             latents_BVChw=newest.latents_BTVChw[:, 0],
             proprio_BS=self._proprio(newest)[:, 0],
             video_BVHWC=None if clip_BkVHWC is None else clip_BkVHWC[:, -1],
+            rows=given.rows,
             clip_BkVHWC=clip_BkVHWC,
         )
 
@@ -181,7 +183,7 @@ class RolloutEngine:
             state=self.state(),
         )
 
-    def _running(self) -> FrameLoop:
+    def _running(self) -> FrameLoop | MemberLoops:
         if self._loop is None:
             raise ConfigError("an engine without a state", fix="call load(state) first")
         return self._loop
@@ -189,16 +191,17 @@ class RolloutEngine:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._half)
 
-    def _make(self, batch: int) -> FrameLoop:
+    def _make(self, state: WorldState) -> FrameLoop | MemberLoops:
+        settings: dict[str, Any] = {
+            "dtype": self.world.dtype,
+            "cache_dtype": torch.bfloat16 if self._half else next(self._models[0].parameters()).dtype,
+            "compiler": self._compiler,
+        }
         with self._precision():
-            return FrameLoop(
-                self._model,
-                self.sampler,
-                batch,
-                dtype=self.world.dtype,
-                cache_dtype=torch.bfloat16 if self._half else next(self._model.parameters()).dtype,
-                compiler=self._compiler,
-            )
+            if len(self._models) > 1:
+                samplers = [self.world.sampler_of(m, self.sampler) for m in range(len(self._models))]
+                return MemberLoops(self._models, samplers, state.member_B, **settings)
+            return FrameLoop(self._models[0], self.sampler, len(state), **settings)
 
     def _advance(self, actions_B1kA: Tensor) -> Frames:
         """The next frame, as a copy."""
@@ -216,7 +219,7 @@ class RolloutEngine:
             self._coding = self._coding.imagined(newest.latents_BTVChw)
         return newest
 
-    def _runner(self, loop: FrameLoop, commits: bool, full: bool) -> Callable[[], None]:
+    def _runner(self, loop: FrameLoop | MemberLoops, commits: bool, full: bool) -> Callable[[], None]:
         def run() -> None:
             with self._precision():
                 loop.run(commits=commits, full=full)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vidworld.diffusion.path import constant_level, mix
+from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
 from vidworld.model.ring import Clock, RingCache
@@ -88,6 +89,14 @@ class FrameLoop:
     def is_full(self) -> bool:
         """Whether all slots are in sight, of the frame now and of the one it commits."""
         return self.clock.is_full(self.net.num_frames - 1 - int(self.uncommitted))
+
+    def fits(self, state: WorldState) -> bool:
+        """Whether a state has as many rows."""
+        return len(state) == self.batch
+
+    def cache(self) -> KVCache:
+        """A copy of the committed frames."""
+        return self.net.ring().to_cache()
 
     def load(self, state: WorldState) -> None:
         """Go on where a state stands."""

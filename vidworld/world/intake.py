@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vidworld.contract import ActionContract
 from vidworld.errors import ConfigError, ContractError, DataError
+from vidworld.world import noise
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import WorldSpec
+from vidworld.world.uncertainty import Rows
 
 Numbers = Tensor | np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 
@@ -64,6 +66,32 @@ def gather_prompts(prompts: Sequence[Prompt], spec: WorldSpec, *, allow_out_of_r
         has_actions_P=torch.tensor([prompt.actions is not None for prompt in prompts]),
         embodiment_P=torch.tensor(embodiments),
     )
+
+
+def gather_rows(
+    prompts: int, members: int, samples: int, seed: int, sample_ids: Sequence[int] | None
+) -> tuple[Rows, Tensor]:
+    """Whose futures the rows of a new state are (by prompt, then member, then sample), and their noise.
+
+    sample_ids: of the first member, [prompts * samples]. Raises ConfigError for numbers that cannot be.
+    """
+    if samples < 1:
+        raise ConfigError("samples", got=samples, expected="at least 1")
+    if not 0 <= seed < noise.MAX_SEED:
+        raise ConfigError("seed", got=seed, expected=f"0 to {noise.MAX_SEED - 1}")
+    ids = range(prompts * samples) if sample_ids is None else sample_ids
+    most = noise.MAX_SAMPLE_ID if members == 1 else noise.MEMBER_STRIDE
+    if len(ids) != prompts * samples or not all(0 <= one < most for one in ids):
+        raise ConfigError(
+            "sample_ids",
+            got=list(ids),
+            expected=f"{prompts * samples} numbers from 0 to 2**{most.bit_length() - 1} - 1",
+        )
+    ids_P1M = torch.tensor(list(ids), dtype=torch.int64).view(prompts, 1, samples)
+    member_J1 = torch.arange(members)[:, None]
+    ids_PJM = ids_P1M + member_J1 * noise.MEMBER_STRIDE
+    scene_B = torch.arange(prompts).repeat_interleave(members * samples)
+    return Rows(scene_B, member_J1.expand_as(ids_PJM).flatten()), ids_PJM.flatten()
 
 
 def gather_actions(

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +15,13 @@ from vidworld.tokenizers.store import load_tokenizer
 from vidworld.world.build import build, load_weights, narrow
 from vidworld.world.calibration import FILE_NAME as FILE_OF_CALIBRATION
 from vidworld.world.calibration import Calibration
+from vidworld.world.ensemble import Ensemble
 from vidworld.world.shipped import prompts_of, resolve
 from vidworld.world.spec import FILE_NAME, WorldSpec, read_json
 from vidworld.world.world import WorldModel
+
+ENSEMBLE = "ensemble.json"
+ENSEMBLE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class Files:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's folder."""
-        return self.directory / "tokenizer"
+        """The tokenizer's folder; the members of a packed ensemble share one."""
+        own, parent = self.directory / "tokenizer", self.directory.parent
+        return parent / "tokenizer" if not own.is_dir() and (parent / ENSEMBLE).is_file() else own
 
     @property
     def prompts(self) -> Path | None:
@@ -39,7 +46,7 @@ class Files:
 
 
 def load(
-    path: Path | str,
+    path: Path | str | Sequence[Path | str],
     device: torch.device | str | None = None,
     *,
     autocast: bool = True,
@@ -48,7 +55,8 @@ def load(
 ) -> WorldModel:
     """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
 
-    A name such as "lab" opens the world of that name that comes with the package. `device` defaults to the
+    Several of them, or a folder with an `ensemble.json` that lists them, make an `Ensemble`. A name such as
+    "lab" opens the world of that name that comes with the package. `device` defaults to the
     GPU if there is one. `embodiment` gives the world of that robot alone, which a world of robots that see
     differently needs before it can be reset. Weights are held in float32 whatever the file's precision; see
     `WorldModel` for what `autocast` does. Parameters do not require grad; actions may. A
@@ -58,7 +66,11 @@ def load(
     device that is not here.
     """
     chosen = usable_device(device)
-    files = find(path)
+    paths = members(path)
+    if len(paths) > 1:
+        options: dict[str, Any] = {"autocast": autocast, "embodiment": embodiment, "calibrated": calibrated}
+        return Ensemble([load(one, chosen, **options) for one in paths], paths)
+    files = find(paths[0])
     spec = WorldSpec.read(files.directory)
     weights_sha256 = verify(files.weights)
     calibration = None
@@ -95,6 +107,32 @@ def apply_calibration(
     return dataclasses.replace(
         spec, sampler=dataclasses.replace(spec.sampler, noise_scale=scale)
     ), calibration
+
+
+def members(path: Path | str | Sequence[Path | str]) -> list[Path]:
+    """The folders of a world: those that an `ensemble.json` lists, else the path or the paths themselves.
+
+    Raises CheckpointError for a list that cannot be read.
+    """
+    if not isinstance(path, str | Path):
+        if not path:
+            raise ConfigError("worlds to open", got="none", expected="one or more")
+        return [member for one in path for member in members(one)]
+    listing = resolve(path) / ENSEMBLE
+    if not listing.is_file():
+        return [Path(path)]
+    content = read_json(listing)
+    listed = content.get("members")
+    names = listed if isinstance(listed, list) else []
+    plain = len(names) > 1 and all(isinstance(name, str) and name for name in names)
+    if content.get("schema_version") != ENSEMBLE_VERSION or not plain:
+        raise CheckpointError(
+            "list of members",
+            where=listing,
+            got=f"version {content.get('schema_version')}, members {listed}",
+            expected=f"version {ENSEMBLE_VERSION} and the folders of two or more",
+        )
+    return [listing.parent / name for name in names]
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:

@@ -21,6 +21,10 @@ from vidworld.types import Frames
 MASK = 0xFFFFFFFF
 MAX_SEED = 2**64
 MAX_SAMPLE_ID = 2**55
+MEMBER_STRIDE = 2**48
+"""Sample n of member j of an ensemble has the stream n + j * MEMBER_STRIDE: members must not share their
+luck, or agreement by chance would be taken for knowledge."""
+MAX_MEMBERS = MAX_SAMPLE_ID // MEMBER_STRIDE
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -20,6 +20,7 @@ from vidworld.model.cache import KeyValue, KVCache
 from vidworld.types import Frames
 from vidworld.world import noise
 from vidworld.world.coding import Coding
+from vidworld.world.uncertainty import Rows, Uncertainty
 
 SCHEMA_VERSION = 1
 
@@ -43,8 +44,12 @@ class WorldState:
     """Int64; with the seed they name each sample's stream of noise."""
     embodiment_B: Tensor
     """Int64 index into the world's contracts."""
+    scene_B: Tensor
+    """Int64: the prompt, counted from 0, that each row began from. Rows of one scene are futures of it."""
+    member_B: Tensor
+    """Int64: the member of an `Ensemble` that imagines each row; all 0 for one world."""
     world: str
-    """`WorldSpec.digest` of the world that made it; another world refuses it."""
+    """`WorldModel.digest` of the world that made it; another world refuses it."""
     coding: Coding | None = None
     """Where the tokenizer stands; None for one of single frames, which remembers nothing."""
     lead: int = 0
@@ -58,6 +63,11 @@ class WorldState:
         """Where its tensors are."""
         return self.sample_ids_B.device
 
+    @property
+    def rows(self) -> Rows:
+        """Which rows are futures of one scene, and whose."""
+        return Rows(self.scene_B, self.member_B)
+
     def select(self, index: Tensor | slice | list[int]) -> "WorldState":
         """Rows in a new order; each keeps its stream of noise, so a row given twice has one future twice."""
         index_B = self._rows(index)
@@ -67,6 +77,8 @@ class WorldState:
             newest=self.newest[index_B],
             sample_ids_B=self.sample_ids_B[index_B],
             embodiment_B=self.embodiment_B[index_B],
+            scene_B=self.scene_B[index_B],
+            member_B=self.member_B[index_B],
             coding=None if self.coding is None else self.coding.select(index_B),
         )
 
@@ -134,6 +146,12 @@ class WorldState:
                         expected=SCHEMA_VERSION,
                     )
                 tensor = file.get_tensor
+                ids_B = tensor("sample_ids")
+                # Files from before there were members hold one world's rows, of scenes that nobody noted.
+                known = set(file.keys())
+                scene_B, member_B = (
+                    tensor(name) if name in known else torch.zeros_like(ids_B) for name in ("scene", "member")
+                )
                 layers = tuple(
                     KeyValue(tensor(f"cache.{i}.key"), tensor(f"cache.{i}.value"))
                     for i in range(header["layers"])
@@ -143,8 +161,10 @@ class WorldState:
                     newest=Frames(tensor("newest.latents"), tensor("newest.proprio")),
                     frame=header["frame"],
                     seed=header["seed"],
-                    sample_ids_B=tensor("sample_ids"),
+                    sample_ids_B=ids_B,
                     embodiment_B=tensor("embodiment"),
+                    scene_B=scene_B,
+                    member_B=member_B,
                     world=header["world"],
                     coding=Coding.restore(coding, tensor) if (coding := header.get("coding")) else None,
                     lead=header.get("lead", 0),
@@ -165,6 +185,8 @@ class WorldState:
                 "newest.proprio": self.newest.proprio_BTS,
                 "sample_ids": self.sample_ids_B,
                 "embodiment": self.embodiment_B,
+                "scene": self.scene_B,
+                "member": self.member_B,
             }
             | ({} if self.coding is None else self.coding.tensors())
         )
@@ -177,6 +199,8 @@ class WorldState:
             newest=self.newest.map(function),
             sample_ids_B=function(self.sample_ids_B),
             embodiment_B=function(self.embodiment_B),
+            scene_B=function(self.scene_B),
+            member_B=function(self.member_B),
             coding=None if self.coding is None else self.coding.map(function),
         )
 
@@ -199,8 +223,15 @@ class Observation:
     """In the contract's units, padded with zeros to the widest embodiment; carries gradients."""
     video_BVHWC: Tensor | None
     """Uint8 RGB, or None when decoding was not asked for."""
+    rows: Rows
+    """Which rows are futures of one scene, and whose."""
     clip_BkVHWC: Tensor | None = None
     """All k camera frames of the step, of which `video_BVHWC` is the last; None like it."""
+
+    @property
+    def uncertainty(self) -> Uncertainty:
+        """How sure the world is of this frame, from the spread over its samples and members."""
+        return Uncertainty(self.rows, self.latents_BVChw, self.proprio_BS, self.video_BVHWC)
 
 
 @dataclass(frozen=True)
@@ -214,3 +245,8 @@ class Rollout:
     """Uint8 RGB, k camera frames a latent frame; None when decoding was not asked for."""
     state: WorldState
     """After the last frame; stepping on continues the same future."""
+
+    @property
+    def uncertainty(self) -> Uncertainty:
+        """How sure the world is of these frames; every part has their time axis behind that of scenes."""
+        return Uncertainty(self.state.rows, self.latents_BTVChw, self.proprio_BTS, self.video_BTVHWC)

@@ -18,16 +18,16 @@ from vidworld.model.inputs import Conditioning
 from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.base import Tokenizer, chunk_actions
 from vidworld.types import Frames
-from vidworld.world import noise
 from vidworld.world.calibration import Calibration
 from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.dynamics import imagine, take_in
-from vidworld.world.intake import Numbers, gather_actions, gather_prompts, gather_proprio
+from vidworld.world.intake import Numbers, gather_actions, gather_prompts, gather_proprio, gather_rows
 from vidworld.world.noise import NoiseStream
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.state import Observation, Rollout, WorldState
+from vidworld.world.uncertainty import Rows
 
 FRAMES_BETWEEN_CHECKS = 16
 """Frames of a rollout between two looks at whether all is finite; each look waits for the device."""
@@ -71,6 +71,25 @@ class WorldModel(nn.Module):
         return next(self.model.parameters()).device
 
     @property
+    def num_members(self) -> int:
+        """Worlds that imagine side by side; more than one in an `Ensemble`."""
+        return 1
+
+    @property
+    def networks(self) -> list[CausalDiT]:
+        """The network of each member."""
+        return [self.model]
+
+    def sampler_of(self, member: int, sampler: SamplerConfig) -> SamplerConfig:
+        """What a member makes of a sampler."""
+        return sampler
+
+    @property
+    def digest(self) -> str:
+        """Of what fixes the meaning of a state: a state of another world is refused."""
+        return self.spec.digest
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of latents and noise: that of the weights, float32 at least."""
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
@@ -87,13 +106,14 @@ class WorldModel(nn.Module):
     ) -> WorldState:
         """Begin `num_samples` futures of a prompt; of several prompts of equal length, prompt after prompt.
 
+        An `Ensemble` begins as many of each member: rows go by prompt, then member, then sample.
         `sample_ids` [prompts * num_samples] name the streams of noise; by default 0, 1, 2, ... A prompt
         longer than the window keeps its newest frames (and the sink).
         Raises DataError or ContractError naming what does not fit this world.
         """
         prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
         given = gather_prompts(prompts, self.spec, allow_out_of_range=allow_out_of_range)
-        ids_B = self._sample_ids(len(prompts), num_samples, seed, sample_ids)
+        rows, ids_B = gather_rows(len(prompts), self.num_members, num_samples, seed, sample_ids)
         embodiment_P = given.embodiment_P.to(self.device)
         latents_PTVChw, coding = self.codec.begin(given.video_PTVHWC.to(self.device))
 
@@ -104,17 +124,19 @@ class WorldModel(nn.Module):
         has_actions_P1 = given.has_actions_P[:, None].to(self.device)
         conditioning = Conditioning(actions_PTkA, keep_PT & has_actions_P1, embodiment_P)
         known = Frames(latents_PTVChw, self.normalizer.proprio(proprio_PTS, embodiment_P))
-        copies_B = torch.arange(len(prompts), device=self.device).repeat_interleave(num_samples)
+        rows = Rows(rows.scene_B.to(self.device), rows.member_B.to(self.device))
+        copies_B = rows.scene_B
         has_proprio_P = given.has_proprio_P.to(self.device)
         return self._ground(
             None,
             known[copies_B],
             None if bool(given.has_proprio_P.all()) else has_proprio_P[copies_B],
             conditioning[copies_B],
-            NoiseStream(seed, ids_B, self.dtype),
+            NoiseStream(seed, ids_B.to(self.device), self.dtype),
             0,
             sampler or self.spec.sampler,
             None if coding is None else coding.select(copies_B),
+            rows,
         )
 
     def step(
@@ -226,6 +248,7 @@ class WorldModel(nn.Module):
             state.frame,
             sampler or self.spec.sampler,
             coding,
+            state.rows,
         )
 
     def fork(self, state: WorldState, index: Tensor | slice | list[int]) -> WorldState:
@@ -267,6 +290,7 @@ class WorldModel(nn.Module):
             latents_BVChw=latents_B1VChw[:, 0],
             proprio_BS=proprio_B1S[:, 0],
             video_BVHWC=None if clip_BkVHWC is None else clip_BkVHWC[:, -1],
+            rows=state.rows,
             clip_BkVHWC=clip_BkVHWC,
         )
 
@@ -306,9 +330,7 @@ class WorldModel(nn.Module):
         conditioning = Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B)
         stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
         with self.precision():
-            newest, cache = imagine(
-                self.model, state.cache, conditioning, state.frame, stream, sampler, state.lead + 1
-            )
+            newest, cache = self._next_frame(state, conditioning, stream, sampler)
         coding = None if state.coding is None else state.coding.imagined(newest.latents_BTVChw)
         return dataclasses.replace(
             state, cache=cache, newest=newest, frame=state.frame + 1, lead=state.lead + 1, coding=coding
@@ -324,10 +346,11 @@ class WorldModel(nn.Module):
         first_frame: int,
         sampler: SamplerConfig,
         coding: Coding | None,
+        rows: Rows,
     ) -> WorldState:
         with self.precision():
-            newest, cache = take_in(
-                self.model, cache, known, has_proprio_B, conditioning, first_frame, stream, sampler
+            newest, cache = self._take_in(
+                cache, known, has_proprio_B, conditioning, first_frame, stream, sampler, rows
             )
         return WorldState(
             cache=cache,
@@ -336,27 +359,35 @@ class WorldModel(nn.Module):
             seed=stream.seed,
             sample_ids_B=stream.sample_ids_B,
             embodiment_B=conditioning.embodiment_B,
-            world=self.spec.digest,
+            scene_B=rows.scene_B,
+            member_B=rows.member_B,
+            world=self.digest,
             coding=coding,
         )
 
-    def _sample_ids(self, prompts: int, num_samples: int, seed: int, ids: Sequence[int] | None) -> Tensor:
-        if num_samples < 1:
-            raise ConfigError("samples", got=num_samples, expected="at least 1")
-        if not 0 <= seed < noise.MAX_SEED:
-            raise ConfigError("seed", got=seed, expected=f"0 to {noise.MAX_SEED - 1}")
-        count = prompts * num_samples
-        ids = range(count) if ids is None else ids
-        if len(ids) != count or not all(0 <= one < noise.MAX_SAMPLE_ID for one in ids):
-            raise ConfigError("sample_ids", got=list(ids), expected=f"{count} numbers from 0 to 2**55 - 1")
-        return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+    def _next_frame(
+        self, state: WorldState, conditioning: Conditioning, stream: NoiseStream, sampler: SamplerConfig
+    ) -> tuple[Frames, KVCache]:
+        lead = state.lead + 1
+        return imagine(self.model, state.cache, conditioning, state.frame, stream, sampler, lead)
+
+    def _take_in(
+        self,
+        cache: KVCache | None,
+        known: Frames,
+        has_proprio_B: Tensor | None,
+        conditioning: Conditioning,
+        first_frame: int,
+        stream: NoiseStream,
+        sampler: SamplerConfig,
+        rows: Rows,
+    ) -> tuple[Frames, KVCache]:
+        return take_in(self.model, cache, known, has_proprio_B, conditioning, first_frame, stream, sampler)
 
     def require_own(self, state: WorldState) -> None:
         """Refuse a state of another world or device with CheckpointError or ConfigError."""
-        if state.world != self.spec.digest:
-            raise CheckpointError(
-                "state of another world", got=f"hash {state.world}", expected=self.spec.digest
-            )
+        if state.world != self.digest:
+            raise CheckpointError("state of another world", got=f"hash {state.world}", expected=self.digest)
         if state.device != self.device:
             raise ConfigError(
                 "device of the state",
