@@ -1,6 +1,7 @@
-"""Draw the gallery of docs/lab.md: a row an episode of the lab, over its time.
+"""Draw the galleries of docs/lab.md and docs/lab-liquid.md: a row an episode of the lab, over its time.
 
     python tools/lab_gallery.py --out docs/images/lab-gallery.jpg
+    python tools/lab_gallery.py --of liquid --columns 9 --out docs/images/lab-liquid.jpg
 
 Takes half a minute. Every row is `vidworld lab show KIND --seed S --variety V` with scripts only.
 """
@@ -16,7 +17,15 @@ from vidworld import media
 from vidworld.config import parse
 from vidworld.lab.episode import LabConfig, generate
 
-EPISODES: tuple[tuple[str, int, Literal["core", "full"]], ...] = (
+Row = tuple[str, int, Literal["core", "full"]]
+"""Kind, seed and variety."""
+LIQUID: tuple[Row, ...] = (
+    ("liquid", 0, "core"),
+    ("liquid", 2, "core"),
+    ("liquid", 3, "core"),
+    ("liquid", 7, "core"),
+)
+ALL: tuple[Row, ...] = (
     ("rigid", 5, "core"),
     ("container", 8, "core"),
     ("container", 2, "core"),
@@ -27,13 +36,13 @@ EPISODES: tuple[tuple[str, int, Literal["core", "full"]], ...] = (
     ("liquid", 2, "full"),
     ("liquid", 1, "core"),
 )
-"""Kind, seed and variety of the rows."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Draw the gallery."""
 
+    of: Literal["all", "liquid"] = "all"
     out: Path = Path("docs/images/lab-gallery.jpg")
     columns: int = 7
 
@@ -42,7 +51,7 @@ def main(arguments: list[str], prog: str) -> None:
     """Write the picture."""
     options = parse(Options, arguments, prog=prog)
     rows: dict[str, np.ndarray] = {}
-    for kind, seed, variety in EPISODES:
+    for kind, seed, variety in LIQUID if options.of == "liquid" else ALL:
         config = LabConfig(variety=variety, exploration=0.0, masks=False)
         episode = generate(kind, seed, config)
         assert episode.frames_THWC is not None

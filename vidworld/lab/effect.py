@@ -73,6 +73,8 @@ class Framing:
 
     target_3: tuple[float, float, float] = (0.46, 0.0, 0.14)
     distance_m: tuple[float, float] = (1.02, 1.15)
+    single_distance_m: float | None = None
+    """Of the only camera of variety `one`; None: as in `core`."""
     azimuth_deg: tuple[float, float] = (-42.0, 42.0)
     elevation_deg: tuple[float, float] = (24.0, 36.0)
     fovy_deg: float = 42.0

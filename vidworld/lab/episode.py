@@ -22,7 +22,7 @@ from vidworld.lab.kinematics import ArmPlanner
 from vidworld.lab.scene import SIZES, VARIETIES, Scene, halve, planner, sample_look
 from vidworld.types import EmbodimentSpec
 
-VERSION = 2
+VERSION = 3
 """Raise it when the same seed shows something else."""
 ATTEMPTS = 40
 MOST_FRAMES = 256

@@ -63,6 +63,8 @@ def sample_look(rng: np.random.Generator, framing: Framing, variety: str) -> dic
     elevation = low + (high - low) * (0.7, 0.25, 0.55, 0.4)[camera] if core else between(low, high)
     low, high = framing.distance_m
     distance = low + (high - low) * 0.4 if core else between(low, high)
+    if variety == "one" and framing.single_distance_m is not None:
+        distance = framing.single_distance_m
     look = {
         "azimuth_deg": float(azimuth),
         "elevation_deg": float(elevation),
