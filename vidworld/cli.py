@@ -33,6 +33,9 @@ COMMANDS = {
     "watch": Command("vidworld.trainer.launch.watch:main", "show how a run is doing"),
     "rollout": Command("vidworld.evaluation.rollout:main", "imagine what the robot would see"),
     "eval": Command("vidworld.evaluation.evaluate:main", "measure a world model on held-out episodes"),
+    "calibrate": Command(
+        "vidworld.evaluation.calibrate:main", "fit a world's spread to its errors, on episodes set apart"
+    ),
     "readout": Command(
         "vidworld.evaluation.readout_command:main", "read paint, liquid, smoke and poses off lab pictures"
     ),

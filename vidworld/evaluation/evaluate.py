@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vidworld.evaluation.grounding import file_digest
 from vidworld.evaluation.page import write_report
 from vidworld.evaluation.study import Study, measure
 from vidworld.evaluation.tables import summarise
-from vidworld.evaluation.windows import Plan, Settings, plan_windows
+from vidworld.evaluation.windows import Plan, Settings, chosen_half, plan_windows
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
 from vidworld.world.load import find, load
@@ -122,6 +122,7 @@ def _measure(
 ) -> tuple[dict[str, Any], Study, WorldSpec]:
     dataset = ShardDataset.open(dataset_dir)
     world = world_of(world, dataset, settings.split)
+    settings = replace(settings, half=chosen_half(settings, dataset, world.calibration))
     plan = plan_windows(dataset, world.spec, settings)
     for embodiment in plan.embodiments:
         warn_constant(world.spec.contracts[world.spec.embodiment_index(embodiment)])
@@ -146,6 +147,7 @@ def _measure(
         "world": {
             **origin,
             "digest": spec.digest,
+            "calibrated": world.calibration is not None,
             "tokenizer_digest": spec.tokenizer_digest or world.tokenizer.digest,
             "dataset_digest": spec.dataset_digest,
             "views": list(spec.views),

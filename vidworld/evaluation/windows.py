@@ -3,10 +3,11 @@
 Shapes: T frames, V views, H W pixels, A action dims, S proprio dims.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from vidworld.evaluation.grounding import (
     default_context,
     ground_episode,
 )
+from vidworld.world.calibration import Calibration
 from vidworld.world.spec import SamplerConfig, WorldSpec
 
+Half = Literal["auto", "both", "calibration", "evaluation"]
 WRONG = ("shuffled", "mean", "late")
 """Wrong actions of a rollout: those of another window, the recorded mean, the true ones a frame late."""
 
@@ -36,6 +39,9 @@ class Settings:
 
     split: str = "val"
     """Split of the dataset: val or train."""
+    half: Half = "auto"
+    """Half of its episodes, by a hash of their ids: `calibration` is what vidworld calibrate takes; `auto` is
+    `evaluation` for a world that was calibrated on this dataset, else `both`."""
     episodes: int | None = None
     """Episodes, evenly spaced over those long enough (default: all)."""
     windows_per_episode: int = 4
@@ -149,6 +155,22 @@ class Recorded:
         raise ConfigError("wrong actions", got=kind, expected=" or ".join(WRONG))
 
 
+def half_of(episode_id: str) -> Literal["calibration", "evaluation"]:
+    """The half of its split that an episode is in: the same for ever, whatever else the split holds."""
+    odd = hashlib.sha256(episode_id.encode()).digest()[0] % 2
+    return "calibration" if odd else "evaluation"
+
+
+def chosen_half(
+    settings: Settings, dataset: ShardDataset, calibration: Calibration | None
+) -> Literal["both", "calibration", "evaluation"]:
+    """What `half` means for a world with this calibration."""
+    if settings.half != "auto":
+        return settings.half
+    calibrated = [one.get("digest") for one in calibration.fit.get("datasets", ())] if calibration else []
+    return "evaluation" if dataset.manifest.digest in calibrated else "both"
+
+
 def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> Plan:
     """Choose episodes and starts, evenly spaced and the same every time.
 
@@ -163,9 +185,14 @@ def plan_windows(dataset: ShardDataset, spec: WorldSpec, settings: Settings) -> 
             expected=f"1 more than a multiple of {k}, and a multiple of {k} (the tokenizer's time stride)",
             fix=f"pass --context {default_context(k)} --frames {max(1, settings.frames // k) * k}",
         )
-    samples = dataset.manifest.samples(settings.split)
+    samples = [
+        sample
+        for sample in dataset.manifest.samples(settings.split)
+        if settings.half in ("auto", "both", half_of(sample.episode_id))
+    ]
     if not samples:
-        raise DataError(f"no episodes in split {settings.split!r}", where=dataset.directory)
+        part = "" if settings.half in ("auto", "both") else f", {settings.half} half"
+        raise DataError(f"no episodes in split {settings.split!r}{part}", where=dataset.directory)
     for name in dict.fromkeys(sample.embodiment for sample in samples):
         own = spec.contracts[spec.embodiment_index(name, where=dataset.directory)]
         own.require_same_robot(dataset.manifest.contract(name), where=dataset.directory)
