@@ -20,6 +20,7 @@ from vidworld.data.shards import ShardDataset
 from vidworld.errors import DataError
 from vidworld.evaluation.grounding import Grounding, ground_episode
 from vidworld.evaluation.metrics import appearance, psnr
+from vidworld.evaluation.returned import returned
 from vidworld.evaluation.windows import Settings, Window
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.world import WorldModel
@@ -105,7 +106,10 @@ def drift(
     curves = [
         {name: np.concatenate([piece[name] for piece in parts]) for name in parts[0]} for parts in pieces
     ]
-    return summarise(curves, frames, turn=(sampler.window - sampler.sink) * k)
+    found = summarise(curves, frames, turn=(sampler.window - sampler.sink) * k)
+    groundings = [one.grounding for one in references]
+    view = returned(world, groundings, sampler, context=settings.context, seed=settings.seed)
+    return found if view is None else found | {"returned": view}
 
 
 def summarise(curves: Sequence[dict[str, np.ndarray]], frames: int, *, turn: int) -> dict[str, Any]:

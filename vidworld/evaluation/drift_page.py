@@ -17,6 +17,8 @@ HOW_TO_READ = (
     "noisy, motion towards 0 frozen. A jump ratio well above 1 is a jump that comes back with the window."
 )
 
+RETURNED = ("psnr_turn", "psnr_return", "psnr_bound", "proprio_turn", "proprio_return")
+
 
 def write_drift(report: Report, robot: str, found: Mapping[str, Any]) -> Figure:
     """Add the section of one robot; returns its figure."""
@@ -55,6 +57,20 @@ def write_drift(report: Report, robot: str, found: Mapping[str, Any]) -> Figure:
         ],
         caption="Contrast, sharpness and motion of the last quarter, as shares of the recording's.",
     )
+    if (view := found.get("returned")) is not None:
+        report.table(
+            [
+                "frames",
+                "at the turn, dB",
+                "back again, dB",
+                "tokenizer, dB",
+                "proprio, turn",
+                "proprio, back",
+            ],
+            [[view[name] for name in ("frames", *RETURNED)]],
+            caption="There and back within the window, by recorded commands and then the same way in "
+            "reverse: imagined views and proprioception against the last known ones.",
+        )
     return drawn
 
 
@@ -64,7 +80,11 @@ def drift_line(robot: str, found: Mapping[str, Any]) -> str:
     background = found["background_end_db"]
     scene = "" if background is None else f"; background {background:.1f} dB at the end"
     jump = "" if found["jump_ratio"] is None else f"; jump ratio {found['jump_ratio']:.2f}"
-    return f"{robot}, {found['frames']} frames at a stretch: ends with {end}{scene}{jump}"
+    view = found.get("returned")
+    back = ""
+    if view is not None:
+        back = f"; there and back {view['psnr_turn']:.1f} -> {view['psnr_return']:.1f} dB"
+    return f"{robot}, {found['frames']} frames at a stretch: ends with {end}{scene}{jump}{back}"
 
 
 def _smooth(values: list[float | None], width: int = 16) -> np.ndarray:
