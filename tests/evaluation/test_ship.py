@@ -49,7 +49,7 @@ def test_a_shipped_world_opens_by_name_and_its_loss_is_a_row(ship, untrained_run
     assert (folder / "README.md").read_text().endswith("Trained for nothing.\n")
     log = [json.loads(line)["step"] for line in (folder / "recipe" / "world.jsonl").read_text().splitlines()]
     assert log[-1] == 1000
-    assert len(log) <= 201
+    assert len(log) <= 101
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert "recipe/world.jsonl" in listed
 

@@ -28,7 +28,7 @@ from vidworld.world.load import load
 from vidworld.world.shipped import FOLDER, NAMES
 from vidworld.world.world import WorldModel
 
-LOG_ROWS = 200
+LOG_ROWS = 100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,472 @@
+"""Two peers and ours: as long a training on the same episodes and device, measured on the same windows.
+
+    python tools/bench/peers.py --data data/lab --tokenizer runs/lab_tokenizer --ours configs/lab.yaml \
+        --minutes 4 --device cuda --budget-s 590
+
+`edm`: pixel-space U-Net after DIAMOND; `plain`: diffusion-forcing transformer with full attention and ten
+steps; both in tools/bench/baselines, where their sources and our choices are told. They get about as many
+parameters as ours. The two that work on latents share a tokenizer; --tokenizer-minutes is added to the pixel
+model's time. Encoding is nobody's training time, nor are the first steps, which compile. All three are
+averaged (EMA) and sampled in bfloat16 on a GPU, compiled.
+
+What is trained stays in --work, so that a second call goes on where --budget-s ended the first: on the same
+device, or it is refused. Rows `peers.<who>.psnr.h<frames>`, `.gain`, `.shuffle_ratio`, `.sharpness`,
+`.fps.b<batch>`, and `peers.speed_at_equal_quality.<who>`: frames/s of ours at the fewest steps that reach the
+peer's PSNR at the last horizon, over the peer's.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import peers_data
+import torch
+import yaml
+from baselines import edm_unet, plain_dit
+from peers_data import Case, Corpus
+from safetensors.torch import load_file, save_file
+from table import add_rows, cpu_name
+from torch import Tensor, nn
+
+from vidworld import cli
+from vidworld.config import parse
+from vidworld.data.shards import ShardDataset
+from vidworld.errors import ConfigError, DataError
+from vidworld.evaluation.metrics import appearance, psnr
+from vidworld.world.codec import to_video
+from vidworld.world.engine import RolloutEngine
+from vidworld.world.load import load
+from vidworld.world.world import WorldModel
+
+Who = Literal["ours", "plain", "edm"]
+Roll = Callable[[Sequence[Case], Sequence[np.ndarray]], np.ndarray]
+"""Videos uint8 [B, T, H, W, 3] of cases under commands [T, A] each."""
+UNTIMED_STEPS = 3
+SHARP_FROM = 0.75
+"""Sharpness is that of the last quarter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train and measure peers."""
+
+    data: Path
+    """One dataset of videos."""
+    tokenizer: Path
+    """Trained tokenizer of ours and of the plain transformer."""
+    ours: Path
+    """YAML of our world; data, tokenizer and minutes are set here. Or a run that is trained already."""
+    contenders: tuple[Who, ...] = ("ours", "plain", "edm")
+    minutes: float = 4.0
+    """Of training, each."""
+    tokenizer_minutes: float = 0.0
+    """That the tokenizer took, for the one that needs none."""
+    work: Path = Path("outputs/peers")
+    device: str = "cuda"
+    episodes: int = 64
+    """Held-out windows, evenly spaced, one an episode."""
+    context: int = 8
+    horizons: tuple[int, ...] = (8, 24)
+    our_steps: tuple[int, ...] = (1, 2, 4)
+    """Denoising steps of ours that are measured."""
+    batch: int = 64
+    """Rollouts side by side."""
+    plain_batch: int = 32
+    """Clips a step of the plain transformer, of as many frames as its window,"""
+    edm_batch: int = 64
+    """and of the U-Net, of six frames."""
+    lr: float = 4e-4
+    """Of both peers: more than their papers', for so short a training."""
+    ema_decay: float = 0.998
+    compile: bool = True
+    seed: int = 0
+    frames_gb: float = 40.0
+    """Most that the training frames may take, on the device."""
+    train_episodes: int | None = None
+    """Of the peers' training set; ours reads all."""
+    budget_s: float = 590.0
+    """No training or measurement that would end later begins."""
+    out: Path = Path("benchmarks/peers.json")
+
+    def __post_init__(self) -> None:
+        if not self.contenders or not self.horizons or min(self.horizons) < 1:
+            raise ConfigError(
+                "--contenders and --horizons",
+                got=f"{self.contenders}, {self.horizons}",
+                expected="one or more",
+            )
+        for name in ("minutes", "lr", "frames_gb"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')}", got=getattr(self, name), expected="above 0")
+
+
+class Bench:
+    """The clock, the device and the rows."""
+
+    def __init__(self, options: Options, arguments: Sequence[str]) -> None:
+        self.options, self.began = options, time.monotonic()
+        self.gpu = options.device.startswith("cuda")
+        self.device_name = torch.cuda.get_device_name() if self.gpu else cpu_name()
+        self.command = " ".join(["python", "tools/bench/peers.py", *arguments])
+
+    def has(self, seconds: float, what: str) -> bool:
+        """Whether something of so many seconds would end in time; says so if not."""
+        left = self.options.budget_s - (time.monotonic() - self.began)
+        if left < seconds:
+            print(f"no time for {what}: {left:.0f} s left; call again to go on", flush=True)
+        return left >= seconds
+
+    def add(self, rows: Mapping[str, tuple[float, str]]) -> None:
+        """Print and keep."""
+        for name, (value, unit) in rows.items():
+            print(f"{name:<44} {value:12.4g} {unit}", flush=True)
+        kept = {name: (float(f"{value:.4g}"), unit) for name, (value, unit) in rows.items()}
+        add_rows(self.options.out, kept, device=self.device_name, command=self.command, packages=("torch",))
+
+    def half(self) -> torch.autocast:
+        """bfloat16 on a GPU."""
+        return torch.autocast(self.options.device.split(":")[0], torch.bfloat16, enabled=self.gpu)
+
+    def wait(self) -> None:
+        """For the device."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+
+def main(arguments: Sequence[str], prog: str) -> None:
+    """Train what is not trained yet, then measure all."""
+    options = parse(Options, arguments, prog=prog)
+    bench = Bench(options, arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    run = train_ours(bench)
+    if run is None:
+        return
+    world = load(run, options.device)
+    dataset = ShardDataset.open(options.data)
+    cases = peers_data.cases(
+        dataset, world, episodes=options.episodes, context=options.context, frames=max(options.horizons)
+    )
+    parameters = sum(parameter.numel() for parameter in world.model.parameters())
+    corpus: Corpus | None = None
+    for who in (who for who in ("plain", "edm") if who in options.contenders):
+        minutes = options.minutes + (options.tokenizer_minutes if who == "edm" else 0)
+        if is_trained(bench, who, minutes):
+            continue
+        if not bench.has(60 * minutes + 30, f"training {who}"):
+            return
+        corpus = corpus or peers_data.corpus(
+            dataset,
+            world,
+            run / "latents",
+            options.device,
+            most_gb=options.frames_gb,
+            most_episodes=options.train_episodes,
+        )
+        train_peer(bench, who, make_peer(who, world, parameters), corpus, minutes)
+    del corpus
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for who in options.contenders:
+        if not bench.has(20, f"measuring {who}"):
+            break
+        found |= (
+            measure_ours(bench, world, cases)
+            if who == "ours"
+            else measure_peer(bench, who, world, parameters, cases)
+        )
+    compare(bench, found)
+
+
+def train_ours(bench: Bench) -> Path | None:
+    """Our run, trained by `vidworld train` if it is not there yet; None where time does not suffice."""
+    options = bench.options
+    if (options.ours / "world.json").is_file():
+        return options.ours
+    run, settings = options.work / "ours", yaml.safe_load(options.ours.read_text())
+    if is_trained(bench, "ours", options.minutes):
+        return run
+    if not bench.has(60 * options.minutes + 60, "training ours"):
+        return None
+    settings.pop("mix", None)
+    loop = {**settings.get("loop", {}), "minutes": options.minutes, "steps": None}
+    settings |= {"data": str(options.data), "tokenizer": str(options.tokenizer), "loop": loop}
+    settings |= {"seed": options.seed, "wandb": "off"}
+    path = options.work / "ours.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    overwrite = ["--overwrite"] if run.exists() else []
+    if code := cli.run(["train", str(path), "--out", str(run), *overwrite]):
+        raise SystemExit(code)
+    note_trained(bench, "ours", options.minutes, {})
+    return run
+
+
+def note_trained(bench: Bench, who: str, minutes: float, facts: Mapping[str, Any]) -> None:
+    """Written last, so that what is half trained is trained again."""
+    told = {"minutes": minutes, "device": bench.device_name, **facts}
+    (bench.options.work / f"{who}.json").write_text(json.dumps(told) + "\n")
+
+
+def is_trained(bench: Bench, who: str, minutes: float) -> bool:
+    """Whether a contender lies in --work. Raises DataError for one of another device or length."""
+    path = bench.options.work / f"{who}.json"
+    if not path.is_file():
+        return False
+    told = json.loads(path.read_text())
+    for name, expected in (("device", bench.device_name), ("minutes", minutes)):
+        if told[name] != expected:
+            raise DataError(
+                f"{name} of {who}'s training",
+                where=path,
+                got=told[name],
+                expected=expected,
+                fix="compare on one device and for one time: use another --work",
+            )
+    return True
+
+
+def make_peer(who: str, world: WorldModel, parameters: int) -> nn.Module:
+    """An untrained peer of about so many parameters."""
+    shape, model = world.spec.shape, world.spec.model
+    match who:
+        case "edm":
+            return edm_unet.EdmUNet(edm_unet.matched(edm_unet.EdmConfig(shape.action_dims), parameters))
+        case "plain":
+            config = plain_dit.PlainConfig(
+                shape.action_dims,
+                channels=shape.channels,
+                side=shape.height,
+                width=max(64, model.width // 64 * 64),
+                patch=model.patch_size,
+                window=world.spec.sampler.window,
+            )
+            return plain_dit.PlainDiT(plain_dit.matched(config, parameters))
+    raise ConfigError("--contenders", got=who, expected="plain or edm")
+
+
+def train_peer(bench: Bench, who: str, net: nn.Module, corpus: Corpus, minutes: float) -> None:
+    """AdamW with a warm-up and a fall over the last third of the time; averaged weights are kept."""
+    options = bench.options
+    torch.manual_seed(options.seed)
+    net = net.to(options.device)
+    if who == "edm":
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    averaged = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.AdamW(net.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    compiled(net, bench)
+    random = torch.Generator().manual_seed(options.seed)
+    config: Any = net.config
+    frames = config.window if who == "plain" else config.context + 1 + config.own_steps
+    batch = options.plain_batch if who == "plain" else options.edm_batch
+    step, began, loss = 0, time.monotonic(), torch.zeros(())
+    total = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{who}: {total / 1e6:.1f}M parameters, {batch} clips of {frames} frames", flush=True)
+    while True:
+        if step == UNTIMED_STEPS:
+            bench.wait()
+            began = time.monotonic()
+        progress = (time.monotonic() - began) / (60 * minutes) if step >= UNTIMED_STEPS else 0.0
+        if progress >= 1:
+            break
+        rate = min(1.0, (step + 1) / 100) * min(1.0, 3 * (1 - progress))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        given, actions_BTA = corpus.clips(who == "plain", batch, frames, random)
+        with bench.half():
+            loss = net.loss(given, actions_BTA)  # type: ignore[operator]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        # An average that starts late: the first steps would else stay in it for as long as a short run lasts.
+        decay = min(options.ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for name, value in net.state_dict().items():
+                averaged[name].lerp_(value, 1 - decay) if value.is_floating_point() else averaged[name].copy_(
+                    value
+                )
+        step += 1
+        if step % 200 == 0:
+            bench.wait()
+            print(f"{who}: step {step}, loss {float(loss.detach()):.4f}, {progress:.0%}", flush=True)
+    if not math.isfinite(float(loss.detach())):
+        raise DataError(f"training of {who}", got="a loss that is not finite", fix="take a smaller --lr")
+    save_file(
+        {name: value.cpu().contiguous() for name, value in averaged.items()},
+        options.work / f"{who}.safetensors",
+    )
+    note_trained(bench, who, minutes, {"steps": step, "parameters": total, "config": asdict(config)})
+    print(f"{who}: {step} steps in {minutes:.1f} minutes", flush=True)
+
+
+def compiled(net: nn.Module, bench: Bench, **how: Any) -> None:
+    """Compile in place where that is asked for and works."""
+    if bench.options.compile and bench.gpu:
+        net.compile(dynamic=False, **how)
+
+
+def measure_ours(
+    bench: Bench, world: WorldModel, cases: Sequence[Case]
+) -> dict[str, dict[str, tuple[float, str]]]:
+    """Quality and speed of our world at each number of steps."""
+    found = {}
+    for steps in bench.options.our_steps:
+        engine = RolloutEngine(
+            world,
+            sampler=replace(world.spec.sampler, steps=steps),
+            compile=bench.options.compile and bench.gpu,
+        )
+
+        def roll(
+            some: Sequence[Case], actions: Sequence[np.ndarray], engine: RolloutEngine = engine
+        ) -> np.ndarray:
+            state = world.reset(
+                [case.prompt for case in some],
+                seed=bench.options.seed,
+                sampler=engine.sampler,
+                allow_out_of_range=True,
+            )
+            video = engine.rollout(state, np.stack(actions), allow_out_of_range=True).video_BTVHWC
+            assert video is not None
+            return video[:, :, 0].cpu().numpy()
+
+        found[f"ours.k{steps}"] = measured(bench, f"ours.k{steps}", roll, cases)
+    return found
+
+
+def measure_peer(
+    bench: Bench, who: str, world: WorldModel, parameters: int, cases: Sequence[Case]
+) -> dict[str, dict[str, tuple[float, str]]]:
+    """Quality and speed of a trained peer."""
+    options = bench.options
+    if not (options.work / f"{who}.json").is_file():
+        return {}
+    net: Any = make_peer(who, world, parameters)
+    net.load_state_dict(load_file(options.work / f"{who}.safetensors"))
+    net = net.to(options.device).eval()
+    compiled(net, bench, mode="reduce-overhead")
+
+    def roll(some: Sequence[Case], actions: Sequence[np.ndarray]) -> np.ndarray:
+        generator = torch.Generator(options.device).manual_seed(options.seed)
+        known_BTVHWC = torch.from_numpy(np.stack([case.prompt.frames for case in some])).to(options.device)
+        between = normalised(world, [case.prompt_actions for case in some])
+        future = normalised(world, actions)
+        with torch.no_grad(), bench.half():
+            if who == "edm":
+                known = known_BTVHWC[:, :, 0].movedim(-1, 2).float() / 127.5 - 1
+                return pixels(net.rollout(known, between, future, generator))
+            latents = world.encode(known_BTVHWC)[:, :, 0]
+            imagined = net.rollout(latents, between, future, generator)
+        return to_video(world.decode(imagined[:, :, None].to(world.dtype)))[:, :, 0].cpu().numpy()
+
+    return {who: measured(bench, who, roll, cases)}
+
+
+def normalised(world: WorldModel, actions: Sequence[np.ndarray]) -> Tensor:
+    """Commands [B, T, A] as all contenders are told them."""
+    raw = torch.as_tensor(np.stack(actions), dtype=world.dtype, device=world.device)
+    return world.normalizer.actions(raw, torch.zeros(len(raw), dtype=torch.long, device=world.device))
+
+
+def pixels(pictures_BTCHW: Tensor) -> np.ndarray:
+    """uint8 [B, T, H, W, 3] of pictures in [-1, 1]."""
+    scaled = ((pictures_BTCHW.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.to(torch.uint8).movedim(2, -1).cpu().numpy()
+
+
+def measured(bench: Bench, who: str, roll: Roll, cases: Sequence[Case]) -> dict[str, tuple[float, str]]:
+    """All figures of one contender, written at once."""
+    options = bench.options
+    rows: dict[str, tuple[float, str]] = {}
+    actions = [case.actions_TA for case in cases]
+    own, wrong = (rolled(roll, cases, given, options.batch) for given in (actions, actions[1:] + actions[:1]))
+    truth = np.stack([case.true_THWC for case in cases])
+    held = np.broadcast_to(np.stack([case.last_HWC for case in cases])[:, None], truth.shape)
+    for horizon in options.horizons:
+        at = horizon - 1
+        of_model, of_copy = (float(psnr(video[:, at], truth[:, at]).mean()) for video in (own, held))
+        rows[f"psnr.h{horizon}"] = (of_model, "dB")
+        rows[f"gain.h{horizon}"] = (of_model - of_copy, "dB above the last frame held")
+    at_horizons = [horizon - 1 for horizon in options.horizons]
+    errors = [
+        float(np.square((video - truth.astype(np.float32))[:, at_horizons]).mean()) for video in (own, wrong)
+    ]
+    rows["shuffle_ratio"] = (errors[1] / errors[0], f"1, frames {options.horizons}")
+    late = slice(int(SHARP_FROM * truth.shape[1]), None)
+    sharp = [sharpness(video[:, late]) for video in (own, truth)]
+    rows["sharpness"] = (sharp[0] / sharp[1], "of the truth's, last quarter")
+    for batch in dict.fromkeys((1, options.batch)):
+        some = [cases[place % len(cases)] for place in range(batch)]
+        fps = speed(bench, lambda some=some: roll(some, [case.actions_TA for case in some]))
+        rows[f"fps.b{batch}"] = (batch * truth.shape[1] * fps, "frames/s, pixels included")
+    bench.add({f"peers.{who}.{name}": row for name, row in rows.items()})
+    return rows
+
+
+def rolled(roll: Roll, cases: Sequence[Case], actions: Sequence[np.ndarray], batch: int) -> np.ndarray:
+    """All cases, so many at once; the last batch is filled up, since another size is compiled anew."""
+    videos = []
+    for first in range(0, len(cases), batch):
+        places = [min(place, len(cases) - 1) for place in range(first, first + min(batch, len(cases)))]
+        videos.append(roll([cases[place] for place in places], [actions[place] for place in places]))
+    return np.concatenate(videos)[: len(cases)]
+
+
+def sharpness(video_BTHWC: np.ndarray) -> float:
+    """Energy of edges."""
+    unit = video_BTHWC.astype(np.float32) / 255
+    return float(np.mean([appearance(one[None], one[0])["sharpness"].mean() for one in unit]))
+
+
+def speed(bench: Bench, run: Callable[[], object], repeats: int = 3) -> float:
+    """Calls a second: the median, after one that is not counted."""
+    taken = []
+    for _ in range(repeats + 1):
+        bench.wait()
+        began = time.perf_counter()
+        run()
+        bench.wait()
+        taken.append(time.perf_counter() - began)
+    return 1 / statistics.median(taken[1:])
+
+
+def compare(bench: Bench, found: Mapping[str, Mapping[str, tuple[float, str]]]) -> None:
+    """Our speed at the fewest steps that reach a peer's PSNR, and what we are ahead by at our best."""
+    options = bench.options
+    last = f"psnr.h{max(options.horizons)}"
+    ours = {name: rows for name, rows in found.items() if name.startswith("ours")}
+    peers = {name: rows for name, rows in found.items() if name not in ours}
+    rows: dict[str, tuple[float, str]] = {}
+    for peer, theirs in peers.items():
+        if not ours:
+            break
+        best = max(ours.values(), key=lambda one: one[last][0])
+        for horizon in options.horizons:
+            name = f"psnr.h{horizon}"
+            rows[f"peers.ahead.{peer}.h{horizon}"] = (best[name][0] - theirs[name][0], "dB, ours at its best")
+        reach = [name for name in ours if ours[name][last][0] >= theirs[last][0]]
+        if not reach:
+            print(f"no number of our steps reaches {peer}'s {last} of {theirs[last][0]:.2f} dB", flush=True)
+            continue
+        for batch in dict.fromkeys((1, options.batch)):
+            fastest = max(reach, key=lambda name: ours[name][f"fps.b{batch}"][0])
+            ratio = ours[fastest][f"fps.b{batch}"][0] / theirs[f"fps.b{batch}"][0]
+            rows[f"peers.speed_at_equal_quality.{peer}.b{batch}"] = (ratio, f"times its frames/s, {fastest}")
+    if rows:
+        bench.add(rows)
+
+
+if __name__ == "__main__":
+    from vidworld.errors import VidworldError
+
+    warnings.simplefilter("once")
+    try:
+        main(sys.argv[1:], "python tools/bench/peers.py")
+    except VidworldError as error:
+        raise SystemExit(f"error: {error}") from None
