@@ -25,6 +25,7 @@ import tyro
 from objectives_measure import measure
 from objectives_table import markdown, paint, rows_of
 from table import add_rows, cpu_name
+from torch import nn
 
 from vidworld import load, media
 from vidworld.config import from_mapping, parse
@@ -123,7 +124,10 @@ class Bench:
             train(self._tokenizer_training(), self.tokenizer, overwrite=True, progress_bar=False)
             (self.tokenizer / "done").touch()
         self.latents = options.out / "latents"
-        encode_dataset(options.data, load_tokenizer(self.tokenizer), self.latents, progress=False)
+        tokenizer = load_tokenizer(self.tokenizer)
+        assert isinstance(tokenizer, nn.Module)
+        tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+        encode_dataset(options.data, tokenizer, self.latents, progress=False)
         self._windows: list[Recorded] = []
 
     def seed(self, seed: int) -> None:
@@ -146,7 +150,8 @@ class Bench:
                 key = f"{name}.k{steps}"
                 found["measured"][key] = measured
                 record.write_text(json.dumps(found, indent=1) + "\n")
-                print(f"seed {seed} {key:<12} " + "  ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
+                print(f"[{self.elapsed_s:4.0f} s] seed {seed} {key:<12} {figures}", flush=True)
                 draw_strip(videos, self.options, self.options.out / f"strip-{seed}-{key}.png")
 
     def train(self, name: str, seed: int) -> Path:
@@ -171,9 +176,14 @@ class Bench:
             self._windows = [read_window(self.dataset, world.spec, settings, one) for one in plan.windows]
         return self._windows
 
+    @property
+    def elapsed_s(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self.began
+
     def has_time(self, what: str) -> bool:
         """Whether something new may begin; says so if not."""
-        if time.monotonic() - self.began < self.options.budget_s:
+        if self.elapsed_s < self.options.budget_s:
             return True
         print(f"left out for want of time: {what}", flush=True)
         return False
@@ -189,6 +199,7 @@ class Bench:
         """Train for a share of the time, or of the operations, that each objective has."""
         if (run / "done").exists():
             return run
+        print(f"[{self.elapsed_s:4.0f} s] trains {run}", flush=True)
         options, scale = self.options, 1.0 if init is None else 0.3
         settings: dict[str, Any] = {
             "kind": "world",
@@ -234,6 +245,7 @@ class Bench:
             },
             "optim": {"lr": 1e-3, "warmup_steps": 100},
             "loop": {"minutes": self.options.tokenizer_minutes, "ema_decay": 0.99, "log_every": 100},
+            "engine": {"compile": "off"},
             "look": {"validate_every": 0, "sample_every": 0},
             "wandb": "off",
         }
