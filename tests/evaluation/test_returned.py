@@ -78,7 +78,7 @@ def test_the_figures_are_those_of_the_rollout(untrained_run, planar_data):
     assert found["psnr_turn"] == pytest.approx(psnr(video[2], last).mean(), abs=0.05)
     assert found["psnr_return"] == pytest.approx(psnr(video[-1], last).mean(), abs=0.05)
     assert found["proprio_return"] > 0
-    assert returned(world, [grounding], world.spec.sampler, context=6) is None, "no room in a window of 8"
+    assert returned(world, [grounding], world.spec.sampler, context=4) is None, "no room in a window of 8"
     with_force = dataclasses.replace(
         grounding,
         contract=dataclasses.replace(
@@ -92,8 +92,9 @@ def test_the_figures_are_those_of_the_rollout(untrained_run, planar_data):
 def test_the_report_shows_it(untrained_run, planar_data, tmp_path, capsys):
     out = tmp_path / "report"
     arguments = ["eval", untrained_run, planar_data, "--out", out, "--frames", 4, "--drift", 8]
+    arguments += ["--context", 2]
     assert cli.run([*map(str, arguments), "--windows-per-episode", "1", "--samples", "1"]) == 0
     found = json.loads((out / "metrics.json").read_text())["drift"]["planar_arm"]["returned"]
-    assert found["frames"] == 4
+    assert found["frames"] == 6
     assert "There and back within the window" in (out / "report.html").read_text()
     assert f"there and back {found['psnr_turn']:.1f}" in capsys.readouterr().out

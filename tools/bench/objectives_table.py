@@ -97,7 +97,7 @@ def paint(found: Sequence[Found], path: Path) -> None:
 
     keys = keys_of(found)
     names = list(dict.fromkeys(key.rpartition(".k")[0] for key in keys))
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
     for place, (metric, title, wanted) in enumerate(PANELS):
         axes = figure.add_subplot(2, 3, place + 1)
         if wanted is not None:

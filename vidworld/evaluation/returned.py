@@ -23,6 +23,8 @@ from vidworld.world.world import WorldModel
 
 SETTLE = 2
 """Frames in which the last command is held: arms arrive late."""
+LEAST_TURN = 2
+"""Frames away; a shorter way leads nowhere."""
 
 
 def there_and_back(
@@ -60,7 +62,7 @@ def returned(
     if world.spec.frames_per_step != 1:
         return None
     turn = (sampler.window - context - SETTLE) // 2
-    if turn < 1:
+    if turn < LEAST_TURN:
         return None
     chosen, rows = [], []
     for grounding in groundings:
