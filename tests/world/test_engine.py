@@ -9,9 +9,9 @@ import torch
 from vidworld.errors import CheckpointError, ConfigError, ContractError
 from vidworld.world.dynamics import imagine
 from vidworld.world.engine import RolloutEngine
+from vidworld.world.finite import RolloutDivergedError
 from vidworld.world.noise import CONTEXT, START, NoiseStream, Purpose
 from vidworld.world.noise_ahead import NoiseAhead
-from vidworld.world.world import RolloutDivergedError
 
 EXACT = 1e-11
 """In float64 nothing but the order of sums differs."""

@@ -10,9 +10,9 @@ from vidworld.errors import CheckpointError, ConfigError, ContractError, DataErr
 from vidworld.model.inputs import Conditioning, Streams
 from vidworld.model.two_stream import CONTEXT_STEP
 from vidworld.types import Frames, SignalLevel
+from vidworld.world.finite import RolloutDivergedError
 from vidworld.world.noise import CONTEXT, START, NoiseStream
 from vidworld.world.state import WorldState
-from vidworld.world.world import RolloutDivergedError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

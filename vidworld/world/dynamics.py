@@ -31,9 +31,11 @@ def imagine(
     stream: NoiseStream,
     sampler: SamplerConfig,
     lead: int = 1,
+    noise_BX: Tensor | None = None,
 ) -> tuple[Frames, KVCache]:
     """Denoise frame number `frame` [B, 1], the `lead`-th after the last known one, and commit it.
 
+    `noise_BX`: the network's own noise, in place of the stream's.
     The cache is rolled first, so that with the new frame `sampler.window` frames are in sight: positions
     never leave the range that training saw.
     """
@@ -42,7 +44,7 @@ def imagine(
     of_model = 1.0
     if sampler.noise_scale is not None:
         start, of_model = sampler.noise_scale.start(start, lead), sampler.noise_scale.at(lead)[2]
-    predict = _predictor(model, cache, conditioning, frame, stream, sampler.guidance, of_model)
+    predict = _predictor(model, cache, conditioning, frame, stream, sampler.guidance, of_model, noise_BX)
     clean = sample(predict, start, sampler)
     return clean, commit(model, cache, clean, conditioning, context, sampler)
 
@@ -146,10 +148,12 @@ def _predictor(
     stream: NoiseStream,
     guidance: float,
     noise_factor: float = 1.0,
+    noise_BX: Tensor | None = None,
 ) -> Predict:
     if model.config.noise_dims:
-        noise_BX = stream.draw(frame, Purpose.MODEL, (model.config.noise_dims,)) * noise_factor
-        conditioning = dataclasses.replace(conditioning, noise_BTX=noise_BX[:, None])
+        if noise_BX is None:
+            noise_BX = stream.draw(frame, Purpose.MODEL, (model.config.noise_dims,))
+        conditioning = dataclasses.replace(conditioning, noise_BTX=(noise_BX * noise_factor)[:, None])
     return guide(
         cached_predictor(model, conditioning, cache),
         cached_predictor(model, conditioning.without_actions(), cache),

@@ -20,12 +20,13 @@ from vidworld.types import Frames
 from vidworld.world.capture import captured
 from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
+from vidworld.world.finite import all_finite, require_finite
 from vidworld.world.frame_loop import FrameLoop
 from vidworld.world.intake import Numbers
 from vidworld.world.member_loops import MemberLoops
 from vidworld.world.spec import SamplerConfig
 from vidworld.world.state import Observation, Rollout, WorldState
-from vidworld.world.world import FRAMES_BETWEEN_CHECKS, WorldModel, all_finite, require_finite
+from vidworld.world.world import FRAMES_BETWEEN_CHECKS, WorldModel
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -90,7 +90,12 @@ class Ensemble(WorldModel):
         return dataclasses.replace(sampler, noise_scale=self._noise_scales[member])
 
     def _next_frame(
-        self, state: WorldState, conditioning: Conditioning, stream: NoiseStream, sampler: SamplerConfig
+        self,
+        state: WorldState,
+        conditioning: Conditioning,
+        stream: NoiseStream,
+        sampler: SamplerConfig,
+        noise_BX: Tensor | None,
     ) -> tuple[Frames, KVCache]:
         def one(member: int, index_B: Tensor) -> tuple[Frames, KVCache]:
             own = NoiseStream(stream.seed, stream.sample_ids_B[index_B], stream.dtype)
@@ -103,6 +108,7 @@ class Ensemble(WorldModel):
                 own,
                 self.sampler_of(member, sampler),
                 state.lead + 1,
+                None if noise_BX is None else noise_BX[index_B],
             )
 
         return self._by_member(state.rows, one)

@@ -127,6 +127,27 @@ def gather_proprio(proprio: Numbers, embodiment_B: Tensor, spec: WorldSpec, dtyp
     return rows_BTS
 
 
+def gather_noise(
+    noise_BTX: Tensor | None,
+    batch: int,
+    frames: int,
+    spec: WorldSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Sequence[Tensor | None]:
+    """The network's own noise of each frame, None where it comes from the streams."""
+    if noise_BTX is None:
+        return [None] * frames
+    size = (batch, frames, spec.model.noise_dims)
+    if not size[-1] or tuple(noise_BTX.shape) != size:
+        raise ConfigError(
+            "noise of the network",
+            got=f"shape {tuple(noise_BTX.shape)}",
+            expected=f"{size}, with noise_dims above 0",
+        )
+    return noise_BTX.to(device, dtype).unbind(1)
+
+
 def gather_pictures(pictures: Tensor | np.ndarray, batch: int, spec: WorldSpec) -> np.ndarray:
     """One frame for each sample, uint8 [B, V, H, W, 3], or [V, H, W, 3] for all alike."""
     array = np.asarray(pictures.cpu() if isinstance(pictures, Tensor) else pictures)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vidworld.errors import CheckpointError, ConfigError, ContractError, DivergedError
+from vidworld.errors import CheckpointError, ConfigError, ContractError
 from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
@@ -22,7 +22,15 @@ from vidworld.world.calibration import Calibration
 from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.dynamics import imagine, take_in
-from vidworld.world.intake import Numbers, gather_actions, gather_prompts, gather_proprio, gather_rows
+from vidworld.world.finite import all_finite, require_finite
+from vidworld.world.intake import (
+    Numbers,
+    gather_actions,
+    gather_noise,
+    gather_prompts,
+    gather_proprio,
+    gather_rows,
+)
 from vidworld.world.noise import NoiseStream
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
@@ -31,10 +39,6 @@ from vidworld.world.uncertainty import Rows
 
 FRAMES_BETWEEN_CHECKS = 16
 """Frames of a rollout between two looks at whether all is finite; each look waits for the device."""
-
-
-class RolloutDivergedError(DivergedError):
-    """A rollout produced values that are not finite."""
 
 
 class WorldModel(nn.Module):
@@ -174,18 +178,24 @@ class WorldModel(nn.Module):
         decode: bool = True,
         check: bool = True,
         allow_out_of_range: bool = False,
+        noise_BTX: Tensor | None = None,
         progress: Callable[[], object] | None = None,
     ) -> Rollout:
         """Imagine T frames under actions [B, T * k, A] or [T * k, A] in raw units.
 
-        The same as `step` T times, with one decode at the end. `progress` is called after every frame. Raises
-        as `step` does; all actions are checked before the first frame.
+        The same as `step` T times, with one decode at the end. `progress` is called after every frame.
+        `noise_BTX`: of a world with `noise_dims`, the standard normal noise that selects each frame among the
+        possible ones, in place of the streams'; carries gradients. Raises as `step` does; all actions are
+        checked before the first frame.
         """
         self.require_own(state)
         actions_BTkA = self.normalized_actions(state, actions, check, allow_out_of_range)
         newest, finite = [], []
-        for actions_BkA in actions_BTkA.unbind(1):
-            state = self._imagine(state, actions_BkA, sampler or self.spec.sampler)
+        own_BTX = gather_noise(
+            noise_BTX, len(state), actions_BTkA.shape[1], self.spec, self.device, self.dtype
+        )
+        for actions_BkA, noise_BX in zip(actions_BTkA.unbind(1), own_BTX, strict=True):
+            state = self._imagine(state, actions_BkA, sampler or self.spec.sampler, noise_BX)
             newest.append(state.newest)
             finite.append(all_finite(state.newest))
             if check and len(finite) == FRAMES_BETWEEN_CHECKS:
@@ -325,12 +335,18 @@ class WorldModel(nn.Module):
             raise ContractError("number of actions", got=raw_BTA.shape[1], expected=f"a multiple of {k}")
         return self.normalizer.actions(raw_BTA, state.embodiment_B).unflatten(1, (-1, k))
 
-    def _imagine(self, state: WorldState, actions_BkA: Tensor, sampler: SamplerConfig) -> WorldState:
+    def _imagine(
+        self,
+        state: WorldState,
+        actions_BkA: Tensor,
+        sampler: SamplerConfig,
+        noise_BX: Tensor | None = None,
+    ) -> WorldState:
         keep_B1 = torch.ones(len(state), 1, dtype=torch.bool, device=self.device)
         conditioning = Conditioning(actions_BkA[:, None], keep_B1, state.embodiment_B)
         stream = NoiseStream(state.seed, state.sample_ids_B, self.dtype)
         with self.precision():
-            newest, cache = self._next_frame(state, conditioning, stream, sampler)
+            newest, cache = self._next_frame(state, conditioning, stream, sampler, noise_BX)
         coding = None if state.coding is None else state.coding.imagined(newest.latents_BTVChw)
         return dataclasses.replace(
             state, cache=cache, newest=newest, frame=state.frame + 1, lead=state.lead + 1, coding=coding
@@ -366,10 +382,15 @@ class WorldModel(nn.Module):
         )
 
     def _next_frame(
-        self, state: WorldState, conditioning: Conditioning, stream: NoiseStream, sampler: SamplerConfig
+        self,
+        state: WorldState,
+        conditioning: Conditioning,
+        stream: NoiseStream,
+        sampler: SamplerConfig,
+        noise_BX: Tensor | None,
     ) -> tuple[Frames, KVCache]:
         lead = state.lead + 1
-        return imagine(self.model, state.cache, conditioning, state.frame, stream, sampler, lead)
+        return imagine(self.model, state.cache, conditioning, state.frame, stream, sampler, lead, noise_BX)
 
     def _take_in(
         self,
@@ -400,19 +421,3 @@ class WorldModel(nn.Module):
         """The autocast that network and tokenizer run under."""
         enabled = self.autocast and self.device.type == "cuda" and self.dtype == torch.float32
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-
-def all_finite(newest: Frames) -> Tensor:
-    """One flag: whether nothing in these frames is infinite or NaN."""
-    latents, proprio = newest.latents_BTVChw, newest.proprio_BTS
-    return latents.isfinite().all() & proprio.isfinite().all()
-
-
-def require_finite(finite: list[Tensor], first_frame: int) -> None:
-    """Look at the flags of consecutive frames and stop at the first that is not finite."""
-    flags = torch.stack(finite).tolist() if finite else []
-    if False in flags:
-        raise RolloutDivergedError(
-            f"the rollout is not finite from frame {first_frame + flags.index(False)} on (counted from the "
-            "prompt's first frame); nothing after it can be trusted"
-        )
