@@ -31,6 +31,8 @@ class Imagined:
     """One row a latent frame."""
     grounded_NS: np.ndarray
     """Proprioception of the prompt's last frame, as the world took it."""
+    member_N: np.ndarray
+    """Which member of an ensemble imagined each; all 0 for one world."""
 
     @staticmethod
     def cat(parts: Sequence["Imagined"], axis: int = 0) -> "Imagined":
@@ -41,18 +43,38 @@ class Imagined:
             np.concatenate([part.video_NTVHWC for part in parts], axis),
             np.concatenate([part.proprio_NTS for part in parts], axis),
             first.grounded_NS if axis else np.concatenate([part.grounded_NS for part in parts]),
+            first.member_N if axis else np.concatenate([part.member_N for part in parts]),
         )
 
-    def rows(self, rows: slice) -> "Imagined":
+    def rows(self, rows: slice | np.ndarray) -> "Imagined":
         """Some of the samples."""
         return Imagined(
-            self.actions_NTA[rows], self.video_NTVHWC[rows], self.proprio_NTS[rows], self.grounded_NS[rows]
+            self.actions_NTA[rows],
+            self.video_NTVHWC[rows],
+            self.proprio_NTS[rows],
+            self.grounded_NS[rows],
+            self.member_N[rows],
+        )
+
+    def by_member(self) -> "Imagined":
+        """The samples of member 0 first, those of each in the order that they have."""
+        return self.rows(np.argsort(self.member_N, kind="stable")) if self.member_N.any() else self
+
+    def until(self, steps: int) -> "Imagined":
+        """The first latent frames alone."""
+        k = self.video_NTVHWC.shape[1] // self.proprio_NTS.shape[1]
+        return Imagined(
+            self.actions_NTA[:, : steps * k],
+            self.video_NTVHWC[:, : steps * k],
+            self.proprio_NTS[:, :steps],
+            self.grounded_NS,
+            self.member_N,
         )
 
 
 @dataclass(frozen=True)
 class Imagination:
-    """A world with what is asked of all its scenes.
+    """A world with what is asked of all its scenes; of an ensemble each member imagines `num_samples`.
 
     Sample n of every scene has noise stream n, whatever else is imagined beside it: results depend on seed,
     scene and n, and not on `batch` (up to the rounding of larger matrix products).
@@ -80,14 +102,15 @@ class Imagination:
         for group, samples in self._batches(scenes):
             state = self._reset(group, samples)
             if actor is not None:
-                texts = [scene.grounding.prompt.text for scene in group for _ in samples]
+                texts = [scene.grounding.prompt.text for scene in group for _ in self._rows_of(samples)]
                 found = self._closed(state, actor(), texts, frames, watch)
             else:
-                given = [_commands(scene) for scene in group for _ in samples]
+                given = [_commands(scene) for scene in group for _ in self._rows_of(samples)]
                 found = self._open(state, np.stack(given), watch)[0]
             for index, scene in enumerate(group):
-                parts[scene.name].append(found.rows(slice(index * len(samples), (index + 1) * len(samples))))
-        return [Imagined.cat(parts[scene.name]) for scene in scenes]
+                rows = len(self._rows_of(samples))
+                parts[scene.name].append(found.rows(slice(index * rows, (index + 1) * rows)))
+        return [Imagined.cat(parts[scene.name]).by_member() for scene in scenes]
 
     def branches(
         self, scene: Scene, branches: dict[str, Commands], at: int, watch: Watch
@@ -96,22 +119,29 @@ class Imagination:
         parts: dict[str, list[Imagined]] = {name: [] for name in branches}
         for group, samples in self._batches([scene]):
             first = next(iter(branches.values())).actions_TA
-            shared, parting = self._open(self._reset(group, samples), _tile(first[:at], samples), watch)
+            rows = self._rows_of(samples)
+            shared, parting = self._open(self._reset(group, samples), _tile(first[:at], rows), watch)
             for name, commands in branches.items():
-                after, _ = self._open(parting, _tile(commands.actions_TA[at:], samples), watch)
+                after, _ = self._open(parting, _tile(commands.actions_TA[at:], rows), watch)
                 parts[name].append(Imagined.cat([shared, after], axis=1))
-        return {name: Imagined.cat(found) for name, found in parts.items()}
+        return {name: Imagined.cat(found).by_member() for name, found in parts.items()}
 
     def _batches(self, scenes: Sequence[Scene]) -> Iterator[tuple[Sequence[Scene], range]]:
         """Whole scenes together while they fit, else the samples of one scene in turns."""
-        if self.num_samples > self.batch:
+        members = self.world.num_members
+        if self.num_samples * members > self.batch:
+            at_once = max(1, self.batch // members)
             for scene in scenes:
-                for first in range(0, self.num_samples, self.batch):
-                    yield [scene], range(first, min(first + self.batch, self.num_samples))
+                for first in range(0, self.num_samples, at_once):
+                    yield [scene], range(first, min(first + at_once, self.num_samples))
             return
-        together = self.batch // self.num_samples
+        together = self.batch // (self.num_samples * members)
         for first in range(0, len(scenes), together):
             yield scenes[first : first + together], range(self.num_samples)
+
+    def _rows_of(self, samples: range) -> range:
+        """Rows of a scene: so many samples of each member."""
+        return range(len(samples) * self.world.num_members)
 
     def _reset(self, group: Sequence[Scene], samples: range) -> WorldState:
         return self.world.reset(
@@ -135,12 +165,13 @@ class Imagination:
             )
             assert found.video_BTVHWC is not None
             video, proprio = _numpy(found.video_BTVHWC), _numpy(found.proprio_BTS)
-            return Imagined(actions_BTA, video, proprio, known), found.state
+            return Imagined(actions_BTA, video, proprio, known, _members(state)), found.state
         self.engine.load(state)
         steps = [self._step(chunk, watch) for chunk in np.split(actions_BTA, actions_BTA.shape[1] // k, 1)]
         videos, proprio = zip(*steps, strict=True)
         after = self.engine.state()
-        return Imagined(actions_BTA, np.concatenate(videos, 1), np.stack(proprio, 1), known), after
+        video = np.concatenate(videos, 1)
+        return Imagined(actions_BTA, video, np.stack(proprio, 1), known, _members(state)), after
 
     def _closed(
         self, state: WorldState, actor: Actor, texts: Sequence[str], frames: int, watch: Watch
@@ -156,7 +187,13 @@ class Imagination:
             picture = clip[:, -1]
             videos.append(clip)
             proprios.append(proprio)
-        return Imagined(np.concatenate(actions, 1), np.concatenate(videos, 1), np.stack(proprios, 1), known)
+        return Imagined(
+            np.concatenate(actions, 1),
+            np.concatenate(videos, 1),
+            np.stack(proprios, 1),
+            known,
+            _members(state),
+        )
 
     def _step(self, actions_BkA: np.ndarray, watch: Watch) -> tuple[np.ndarray, np.ndarray]:
         """Pictures [B, k, V, H, W, 3] and proprioception [B, S] of one step."""
@@ -175,6 +212,10 @@ def _commands(scene: Scene) -> np.ndarray:
 
 def _tile(actions_TA: np.ndarray, samples: range) -> np.ndarray:
     return np.tile(actions_TA[None], (len(samples), 1, 1))
+
+
+def _members(state: WorldState) -> np.ndarray:
+    return state.member_B.cpu().numpy()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -35,9 +35,17 @@ def open_policy(name: str) -> Iterator[Policy]:
         with OpenpiClient(name, api_key=os.environ.get(API_KEY)) as client:
             yield client
         return
+    yield import_callable(name, "--policy", "module:callable, or ws://HOST:PORT")
+
+
+def import_callable(name: str, option: str, expected: str = "module:callable") -> Policy:
+    """What `module:callable` names, from the working directory too; a class is made once, without arguments.
+
+    Raises ConfigError naming the option and what is not there.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ConfigError("--policy", got=name, expected="module:callable, or ws://HOST:PORT")
+        raise ConfigError(option, got=name, expected=expected)
     sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
@@ -47,15 +55,15 @@ def open_policy(name: str) -> Iterator[Policy]:
         if isinstance(error, ModuleNotFoundError) and error.name != module_name.split(".")[0]:
             raise  # The module is there, and what it imports is not: its own traceback says it best.
         raise ConfigError(
-            "--policy", got=name, expected="something that can be imported", fix=str(error)
+            option, got=name, expected="something that can be imported", fix=str(error)
         ) from None
     finally:
         sys.path.remove(os.getcwd())
     if inspect.isclass(found):
         found = found()
     if not callable(found):
-        raise ConfigError("--policy", got=f"{name}, a {type(found).__name__}", expected="a callable")
-    yield found
+        raise ConfigError(option, got=f"{name}, a {type(found).__name__}", expected="a callable")
+    return found
 
 
 class Actor:

@@ -18,6 +18,7 @@ from vidworld.config import parse, to_mapping
 from vidworld.contract import ActionContract, warn_constant
 from vidworld.errors import ConfigError
 from vidworld.evaluation import comparison, dreams, rollout_files
+from vidworld.evaluation.appraisal import Appraisal, Appraiser, cut
 from vidworld.evaluation.commands import Commands
 from vidworld.evaluation.grounding import Recording
 from vidworld.evaluation.imagining import Imagination, Imagined, Watch
@@ -36,7 +37,9 @@ from vidworld.evaluation.rollout_options import Options
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
 from vidworld.world.engine import RolloutEngine
-from vidworld.world.load import find, load, verify
+from vidworld.world.load import find, load, members, verify
+from vidworld.world.noise import MEMBER_STRIDE
+from vidworld.world.shipped import prompts_of
 from vidworld.world.spec import SamplerConfig
 from vidworld.world.world import WorldModel
 
@@ -50,23 +53,28 @@ def main(arguments: Sequence[str], prog: str) -> None:
     with output_directory(options.out, RECORD, overwrite=options.overwrite) as folder:
         record = roll_out(options, folder, command=[prog, *arguments])
     several = len(record["scenes"]) if "scenes" in record else 1
+    of_members = f" of each of {record['members']} members," if "members" in record else ""
     print(
-        f"{options.samples} samples of {record['frames']} frames"
+        f"{options.samples} samples{of_members} of {record['frames']} frames"
         f"{f' of each of {several} prompts' if several > 1 else ''} at "
         f"{record['speed']['frames_per_s']:.3g} frames/s. Look at:"
     )
     grids = [f"grid{'' if kind == 'png' else f'.{kind}'}" for kind in dict.fromkeys(options.formats)]
     pictures = record["scenes"] if several > 1 else ["strip.png", "proprio.png"]
     compared = ["truth.png"] if options.compare == "truth" and several == 1 else []
-    for name in (*grids, *pictures, *compared, *([dreams.FOLDER] if options.lerobot else [])):
+    appraised = record.get("appraised", []) if several == 1 else []
+    for name in (*grids, *pictures, *compared, *appraised, *([dreams.FOLDER] if options.lerobot else [])):
         print(f"  {options.out / name}")
+    if stopped := record.get("stopped"):
+        print(f"stopped after {record['frames']} frames: {stopped['because']}")
 
 
 def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> dict[str, Any]:
     """Do what the options say, write every file into `folder`, return what `rollout.json` holds."""
     options.check()
-    options = with_prompt(options, find(options.run).prompts)
-    world = load(options.run, options.device, calibrated=not options.uncalibrated)
+    paths = members([options.run, *options.members])
+    options = with_prompt(options, prompts_of(find(paths[0]).tokenizer.parent))
+    world = load(paths, options.device, calibrated=not options.uncalibrated)
     if world.spec.layouts:
         world = narrow(world, [embodiment(options, world.spec)])
     spec = world.spec
@@ -77,6 +85,7 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     for scene in asked:
         _require_truth(options, scene)
     sampler = spec.sampler.changed(steps=options.steps, guidance=options.guidance)
+    appraiser = Appraiser.make(options, world, sampler)
     imagination = Imagination(
         world,
         RolloutEngine(world, sampler=sampler, compile=options.compile),
@@ -92,7 +101,7 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     seconds = time.perf_counter() - began
     frames = next(iter(found[0].values())).video_NTVHWC.shape[1]
     rows = sum(len(one.video_NTVHWC) for by_label in found for one in by_label.values())
-    common = _record(options, world, asked[0].grounding.contract, sampler, frames)
+    common = _record(options, paths, world, asked[0].grounding.contract, sampler, frames)
     common["speed"] = {"seconds": round(seconds, 3), "frames_per_s": round(rows * frames / seconds, 3)}
     common["command"] = list(command)
     shown = {
@@ -107,11 +116,20 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
         )
         for scene, by_label in zip(asked, found, strict=True)
     }
+    appraisals: dict[str, Appraisal] = {}
+    if appraiser is not None:
+        for scene, by_label in zip(asked, found, strict=True):
+            appraisals[scene.name] = appraiser(scene, by_label[PLAIN])
+            shown[scene.name] = cut(shown[scene.name], appraisals[scene.name].found)
     records = {}
     for index, scene in enumerate(asked):
         inside = folder if len(asked) == 1 else folder / scene.name
         inside.mkdir(exist_ok=True)
         records[scene.name] = common | _write_scene(options, inside, scene, shown[scene.name], parted[index])
+        if (appraisal := appraisals.get(scene.name)) is not None:
+            kept = {"frames": appraisal.found.video_NTVHWC.shape[1], "appraised": appraisal.files}
+            records[scene.name] |= kept | appraisal.facts
+            appraisal.write(inside, scene, shown[scene.name])
         (inside / RECORD).write_text(json.dumps(records[scene.name], indent=1) + "\n")
     record = records[asked[0].name] if len(asked) == 1 else common | {"scenes": list(records)}
     if len(asked) > 1:
@@ -122,8 +140,8 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
             folder / dreams.FOLDER,
             spec,
             [
-                dreams.Dream(scene.name, scene.grounding, by_label[PLAIN], records[scene.name])
-                for scene, by_label in zip(asked, found, strict=True)
+                dreams.Dream(scene.name, scene.grounding, one.imagined[PLAIN], records[scene.name])
+                for scene, one in zip(asked, shown.values(), strict=True)
             ],
         )
     return record
@@ -134,6 +152,7 @@ def _imagine(
 ) -> tuple[list[dict[str, Imagined]], list[dict[str, Commands]]]:
     """Each scene's futures by label, and the commands of its branches, if any."""
     spec = imagination.world.spec
+    futures = options.samples * imagination.world.num_members
     if options.policy:
         frames = (options.frames or DEFAULT_FRAMES) // spec.frames_per_step * spec.frames_per_step
         if not frames or (options.frames or frames) != frames:
@@ -143,7 +162,7 @@ def _imagine(
         keys = parse_keys(options.policy_keys)
         with (
             open_policy(options.policy) as policy,
-            _watch(options, imagination, len(asked) * options.samples * frames) as watch,
+            _watch(options, imagination, len(asked) * futures * frames) as watch,
         ):
 
             def actor() -> Actor:
@@ -160,12 +179,12 @@ def _imagine(
         return [{PLAIN: one} for one in found], [{} for _ in asked]
     frames = min(len(scene.commands.actions_TA) for scene in asked if scene.commands is not None)
     if options.fork_at is None:
-        with _watch(options, imagination, len(asked) * options.samples * frames) as watch:
+        with _watch(options, imagination, len(asked) * futures * frames) as watch:
             found = imagination.scenes(asked, watch)
         return [{PLAIN: one} for one in found], [{} for _ in asked]
     parted = [branches(options, scene, spec) for scene in asked]
     at = options.fork_at
-    total = sum(at + len(one) * (frames - at) for one in parted) * options.samples
+    total = sum(at + len(one) * (frames - at) for one in parted) * futures
     with _watch(options, imagination, total) as watch:
         by_label = [
             imagination.branches(scene, one, at, watch) for scene, one in zip(asked, parted, strict=True)
@@ -253,22 +272,36 @@ def _require_truth(options: Options, scene: Scene) -> None:
 
 
 def _record(
-    options: Options, world: WorldModel, contract: ActionContract, sampler: SamplerConfig, frames: int
+    options: Options,
+    paths: Sequence[Path],
+    world: WorldModel,
+    contract: ActionContract,
+    sampler: SamplerConfig,
+    frames: int,
 ) -> dict[str, Any]:
     """All that it takes to repeat the rollout, but for prompts and actions, as plain JSON."""
-    spec, files = world.spec, find(options.run)
+    spec, files = world.spec, [find(path) for path in paths]
+    streams = [n + m * MEMBER_STRIDE for m in range(world.num_members) for n in range(options.samples)]
+    of_each = [
+        {
+            "path": str(path),
+            "checkpoint": one.checkpoint,
+            "weights": one.weights.name,
+            "weights_sha256": verify(one.weights),
+        }
+        for path, one in zip(paths, files, strict=True)
+    ]
     return {
         "seed": options.seed,
         "samples": options.samples,
-        "sample_ids": list(range(options.samples)),
+        **({"members": world.num_members} if world.num_members > 1 else {}),
+        "sample_ids": streams,
         "frames": frames,
         "fps": spec.fps,
         "sampler": to_mapping(sampler),
         "world": {
-            "path": str(options.run),
-            "checkpoint": files.checkpoint,
-            "weights": files.weights.name,
-            "weights_sha256": verify(files.weights),
+            **of_each[0],
+            **({"members": of_each} if len(of_each) > 1 else {}),
             "spec_digest": spec.digest,
             "tokenizer_digest": spec.tokenizer_digest,
             "dataset_digest": spec.dataset_digest,

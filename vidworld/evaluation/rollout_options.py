@@ -26,6 +26,9 @@ class Options:
     """Directory of a trained world: a run or an export. Or `lab`, the world that comes with vidworld."""
     out: Path
     """Directory to write; it must not exist."""
+    members: tuple[Path, ...] = ()
+    """Further members of an ensemble with `run`: the same world, trained with other seeds. Each imagines
+    --samples futures."""
     prompt: tuple[str, ...] = ()
     """Episode ids, or files of pictures or videos: one a view, in the world's order. Default: the first
     held-out episode of --data."""
@@ -74,6 +77,28 @@ class Options:
     recording where there is one; `none` leaves it out."""
     formats: tuple[Format, ...] = ("mp4",)
     """Files of each sample and of the grid: mp4, gif, or png (a folder of frames)."""
+    uncertainty: bool = False
+    """Show how sure it is: maps over the pictures (uncertainty.mp4), fan charts (uncertainty.png), variances
+    (uncertainty.npz), and a page. What the model does not know needs members."""
+    readout: Path | None = None
+    """A trained readout (lab scenes): its quantities are drawn with --uncertainty, and can be rewarded."""
+    kind: str | None = None
+    """Kind of lab scene that the readout reads (default: as the episode says)."""
+    stop_when_unsure: bool = False
+    """Leave out all frames from the first on of which the calibrated radius exceeds a --tolerance."""
+    tolerance: tuple[str, ...] = ("pixels=0.1",)
+    """How far off the mean of the futures may be: pixels=X (root mean square, pixels from 0 to 1) and
+    'proprio NAME=X' in its units."""
+    risk: str = ""
+    """Which future to show by its --reward: worst, best, or cvar:SHARE (the mean of the worst share)."""
+    reward: str = ""
+    """What a future is worth: an expression such as 'last(tool_z) - mean(abs(wrist))' over names of
+    proprioception and of --readout, or module:callable, called with one future as a policy sees it."""
+    search: int = 0
+    """Gradient steps with --risk over the network's own noise, for a worse (or better) future than was
+    drawn, with its likelihood; for worlds with model.noise_dims."""
+    search_mass: float = 0.9
+    """Share of all noise that the search stays in."""
     lerobot: bool = False
     """Also write the imagined episodes as a LeRobot v3.0 dataset, OUT/lerobot."""
     preview: bool = False
@@ -84,6 +109,11 @@ class Options:
     """Default: the GPU if there is one."""
     overwrite: bool = False
     """Replace an earlier rollout in --out."""
+
+    @property
+    def appraises(self) -> bool:
+        """Whether the rollout is asked about itself."""
+        return bool(self.uncertainty or self.stop_when_unsure or self.risk)
 
     def check(self) -> None:
         """Refuse numbers and pairs of options that make no sense, before anything is loaded."""
@@ -101,5 +131,20 @@ class Options:
             raise ConfigError("--replan", got="no --policy", expected="one that can be asked again")
         if self.fork_at is not None and not self.branches:
             raise ConfigError("--branches", got="nothing", expected="one or more")
+        if self.fork_at is not None and self.appraises:
+            asked = "--uncertainty, --stop-when-unsure or --risk as well"
+            raise ConfigError("--fork-at", got=asked, expected="a rollout without branches for these")
+        if bool(self.risk) != bool(self.reward):
+            raise ConfigError("--risk and --reward", got="one of them", expected="both, or neither")
+        if self.search and (self.search < 0 or not self.risk or self.risk.startswith("cvar")):
+            raise ConfigError(
+                "--search",
+                got=f"{self.search} with --risk {self.risk or 'nothing'}",
+                expected="--risk worst or best",
+            )
+        if not 0 < self.search_mass < 1:
+            raise ConfigError("--search-mass", got=self.search_mass, expected="a share between 0 and 1")
+        if self.readout is not None and not (self.uncertainty or self.reward):
+            raise ConfigError("--readout", got="nothing that uses it", expected="--uncertainty or --reward")
         if self.fork_at is not None and self.lerobot:
             raise ConfigError("--lerobot", got="--fork-at as well", expected="a rollout without branches")

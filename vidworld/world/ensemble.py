@@ -54,6 +54,8 @@ class Ensemble(WorldModel):
             require_alike(first, other, name)
         super().__init__(first.spec, first.model, first.normalizer, first.tokenizer, autocast=first.autocast)
         self.models = torch.nn.ModuleList(member.model for member in members)
+        # Made of one member's spread and error, so its radii are wide enough for the mean of all.
+        self.calibration = first.calibration
         self.calibrations = [member.calibration for member in members]
         self._noise_scales = [member.spec.sampler.noise_scale for member in members]
 

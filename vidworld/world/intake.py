@@ -128,22 +128,17 @@ def gather_proprio(proprio: Numbers, embodiment_B: Tensor, spec: WorldSpec, dtyp
 
 
 def gather_noise(
-    noise_BTX: Tensor | None,
-    batch: int,
-    frames: int,
-    spec: WorldSpec,
-    device: torch.device,
-    dtype: torch.dtype,
+    noise_BTX: Tensor | None, size: tuple[int, int], spec: WorldSpec, device: torch.device, dtype: torch.dtype
 ) -> Sequence[Tensor | None]:
-    """The network's own noise of each frame, None where it comes from the streams."""
+    """The network's own noise of each of (rows, frames), frame by frame; None where it is the streams'."""
     if noise_BTX is None:
-        return [None] * frames
-    size = (batch, frames, spec.model.noise_dims)
-    if not size[-1] or tuple(noise_BTX.shape) != size:
+        return [None] * size[1]
+    whole = (*size, spec.model.noise_dims)
+    if not whole[-1] or tuple(noise_BTX.shape) != whole:
         raise ConfigError(
             "noise of the network",
             got=f"shape {tuple(noise_BTX.shape)}",
-            expected=f"{size}, with noise_dims above 0",
+            expected=f"{whole}, with noise_dims above 0",
         )
     return noise_BTX.to(device, dtype).unbind(1)
 

@@ -191,9 +191,8 @@ class WorldModel(nn.Module):
         self.require_own(state)
         actions_BTkA = self.normalized_actions(state, actions, check, allow_out_of_range)
         newest, finite = [], []
-        own_BTX = gather_noise(
-            noise_BTX, len(state), actions_BTkA.shape[1], self.spec, self.device, self.dtype
-        )
+        size = (len(state), actions_BTkA.shape[1])
+        own_BTX = gather_noise(noise_BTX, size, self.spec, self.device, self.dtype)
         for actions_BkA, noise_BX in zip(actions_BTkA.unbind(1), own_BTX, strict=True):
             state = self._imagine(state, actions_BkA, sampler or self.spec.sampler, noise_BX)
             newest.append(state.newest)
