@@ -22,7 +22,7 @@ from vidworld.world.codec import Codec, to_video
 from vidworld.world.coding import Coding
 from vidworld.world.finite import all_finite, require_finite
 from vidworld.world.frame_loop import FrameLoop
-from vidworld.world.intake import Numbers
+from vidworld.world.intake import Numbers, one_step
 from vidworld.world.member_loops import MemberLoops
 from vidworld.world.spec import SamplerConfig
 from vidworld.world.state import Observation, Rollout, WorldState
@@ -127,7 +127,9 @@ class RolloutEngine:
         loop, given = self._running(), self._given
         assert given is not None
         world = self.world
-        actions_B1kA = world.normalized_actions(given, world.chunked(action), check, allow_out_of_range)
+        actions_B1kA = world.normalized_actions(
+            given, one_step(action, world.spec), check, allow_out_of_range
+        )
         newest = self._advance(actions_B1kA)
         if check:
             require_finite([all_finite(newest)], loop.frame - 1)

@@ -94,6 +94,21 @@ def gather_rows(
     return Rows(scene_B, member_J1.expand_as(ids_PJM).flatten()), ids_PJM.flatten()
 
 
+def one_step(action: Numbers, spec: WorldSpec) -> Tensor | np.ndarray:
+    """The actions of one step with an axis of length k before the last; raises ContractError."""
+    k = spec.frames_per_step
+    action = action if isinstance(action, Tensor) else np.asarray(action)
+    if k == 1:
+        return action[..., None, :] if action.ndim else action
+    if action.ndim not in (2, 3) or action.shape[-2] != k:
+        raise ContractError(
+            "actions of a step",
+            got=f"shape {tuple(action.shape)}",
+            expected=f"[B, {k}, A] or [{k}, A]: a step is {k} camera frames",
+        )
+    return action
+
+
 def gather_actions(
     actions: Numbers,
     embodiment_B: Tensor,

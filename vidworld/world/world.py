@@ -30,6 +30,7 @@ from vidworld.world.intake import (
     gather_prompts,
     gather_proprio,
     gather_rows,
+    one_step,
 )
 from vidworld.world.noise import NoiseStream
 from vidworld.world.prompt import Prompt
@@ -163,7 +164,7 @@ class WorldModel(nn.Module):
         Raises ContractError naming the dimension, RolloutDivergedError naming the frame.
         """
         self.require_own(state)
-        actions_B1kA = self.normalized_actions(state, self.chunked(action), check, allow_out_of_range)
+        actions_B1kA = self.normalized_actions(state, one_step(action, self.spec), check, allow_out_of_range)
         state = self._imagine(state, actions_B1kA[:, 0], sampler or self.spec.sampler)
         if check:
             require_finite([all_finite(state.newest)], state.frame - 1)
@@ -241,7 +242,9 @@ class WorldModel(nn.Module):
         dims, size = self.spec.shape, (len(state), 1)
         actions_BkA = torch.zeros(len(state), k, dims.action_dims, dtype=self.dtype, device=self.device)
         if action is not None:
-            actions_BkA = self.normalized_actions(state, self.chunked(action), True, allow_out_of_range)[:, 0]
+            actions_BkA = self.normalized_actions(
+                state, one_step(action, self.spec), True, allow_out_of_range
+            )[:, 0]
         proprio_B1S = torch.zeros(*size, dims.proprio_dims, dtype=self.dtype, device=self.device)
         if proprio is not None:
             proprio = proprio if isinstance(proprio, Tensor) else np.asarray(proprio)
@@ -302,20 +305,6 @@ class WorldModel(nn.Module):
             rows=state.rows,
             clip_BkVHWC=clip_BkVHWC,
         )
-
-    def chunked(self, action: Numbers) -> Tensor | np.ndarray:
-        """The actions of one step with an axis of length k before the last."""
-        k = self.spec.frames_per_step
-        action = action if isinstance(action, Tensor) else np.asarray(action)
-        if k == 1:
-            return action[..., None, :] if action.ndim else action
-        if action.ndim not in (2, 3) or action.shape[-2] != k:
-            raise ContractError(
-                "actions of a step",
-                got=f"shape {tuple(action.shape)}",
-                expected=f"[B, {k}, A] or [{k}, A]: a step is {k} camera frames",
-            )
-        return action
 
     def normalized_actions(
         self, state: WorldState, actions: Numbers, check: bool, allow_out_of_range: bool
