@@ -13,7 +13,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from vidworld.data.shards import EpisodeArrays
 from vidworld.data.video import decode_video, encode_video
 from vidworld.errors import DataError
 from vidworld.evaluation.lab_truth import kind_of
+
+if TYPE_CHECKING:
+    from vidworld.lab.episode import LabEpisode
 
 ACTION_TOLERANCE = 1e-5
 READOUT_TOLERANCE = 1e-3
@@ -94,19 +97,9 @@ def foresee(recorded: Recorded, frames: Sequence[int], config: OracleConfig) -> 
     """
     from vidworld.lab.conditional import conditional
     from vidworld.lab.effect import FRAME_S
-    from vidworld.lab.episode import LabConfig, generate, resimulate
+    from vidworld.lab.episode import resimulate
 
-    kind = kind_of(recorded.meta, where=recorded.where)
-    settings = LabConfig(
-        frames=len(recorded.actions_TA),
-        size=recorded.size,
-        variety=config.variety,
-        exploration=config.exploration,
-        control=recorded.control,
-        masks=False,
-    )
-    episode = generate(kind, _seed(recorded), settings, render=False)
-    _require_same(recorded, episode.actions_TA, episode.outcomes_T, episode.versions)
+    episode = remake(recorded, config)
     futures, effective = [episode.hidden], float("inf")
     if episode.hidden:
         with warnings.catch_warnings():
@@ -123,6 +116,24 @@ def foresee(recorded: Recorded, frames: Sequence[int], config: OracleConfig) -> 
         pictures.append(played.frames_THWC[list(frames)])
     video = encode_video(np.concatenate(pictures), 1 / FRAME_S)
     return Foreseen(video, len(futures), effective)
+
+
+def remake(recorded: Recorded, config: OracleConfig) -> "LabEpisode":
+    """The episode as the lab makes it, without pictures. Raises DataError where that is another one."""
+    from vidworld.lab.episode import LabConfig, generate
+
+    kind = kind_of(recorded.meta, where=recorded.where)
+    settings = LabConfig(
+        frames=len(recorded.actions_TA),
+        size=recorded.size,
+        variety=config.variety,
+        exploration=config.exploration,
+        control=recorded.control,
+        masks=False,
+    )
+    episode = generate(kind, _seed(recorded), settings, render=False)
+    _require_same(recorded, episode.actions_TA, episode.outcomes_T, episode.versions)
+    return episode
 
 
 def _seed(recorded: Recorded) -> int:

@@ -55,9 +55,7 @@ def read_outcomes(
     reference_HWC = known_CVHWC[0, 0]
 
     def read(videos_BTHWC: np.ndarray) -> Readings:
-        return readout(
-            videos_BTHWC, kind, np.broadcast_to(reference_HWC, (len(videos_BTHWC), *reference_HWC.shape))
-        )
+        return readout(videos_BTHWC, kind, np.repeat(reference_HWC[None], len(videos_BTHWC), 0))
 
     before, after = read(known_CVHWC[None, :, 0]), read(bound_TVHWC[None, :, 0])
     sampled = read(samples_MTVHWC[:, :, 0])
