@@ -124,10 +124,11 @@ class Bench:
             train(self._tokenizer_training(), self.tokenizer, overwrite=True, progress_bar=False)
             (self.tokenizer / "done").touch()
         self.latents = options.out / "latents"
-        tokenizer = load_tokenizer(self.tokenizer)
-        assert isinstance(tokenizer, nn.Module)
-        tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
-        encode_dataset(options.data, tokenizer, self.latents, progress=False)
+        if not (self.latents / "manifest.json").exists():
+            tokenizer = load_tokenizer(self.tokenizer)
+            assert isinstance(tokenizer, nn.Module)
+            tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+            encode_dataset(options.data, tokenizer, self.latents, progress=False)
         self._windows: list[Recorded] = []
 
     def seed(self, seed: int) -> None:
@@ -203,9 +204,8 @@ class Bench:
         options, scale = self.options, 1.0 if init is None else 0.3
         settings: dict[str, Any] = {
             "kind": "world",
-            "data": str(options.data),
+            "data": str(self.latents),
             "tokenizer": str(self.tokenizer),
-            "latents": str(self.latents),
             "seed": seed,
             "init": None if init is None else str(init),
             "model": SIZES[options.size] | {"noise_dims": 32},
