@@ -189,7 +189,8 @@ def parts_of(mixed: SimpleNamespace, planar: Path, twin: Path) -> tuple:
     torch.manual_seed(0)
     for parameter in world.model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    task = WorldTask(world.model, world.normalizer, mixed.settings.objective)
+    objective = dataclasses.replace(mixed.settings.objective, motion_weight=1.0, resample_fraction=0.5)
+    task = WorldTask(world.model, world.normalizer, objective)
     batch = next(iter(clip_feed(latents, mixed.settings.loader, seed=3).open(0)))
     assert set(batch.embodiment_B.tolist()) == {0, 1}
     return task, batch
