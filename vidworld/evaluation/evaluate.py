@@ -19,7 +19,9 @@ from vidworld import __version__
 from vidworld.config import parse, to_mapping
 from vidworld.contract import warn_constant
 from vidworld.data.shards import ShardDataset
+from vidworld.errors import ConfigError
 from vidworld.evaluation.calibration_page import calibration_lines
+from vidworld.evaluation.disagreement import SCENES, rank, scenes_csv
 from vidworld.evaluation.drift import drift
 from vidworld.evaluation.drift_page import drift_line
 from vidworld.evaluation.futures import Roller
@@ -30,7 +32,7 @@ from vidworld.evaluation.tables import summarise
 from vidworld.evaluation.windows import Plan, Settings, chosen_half, plan_windows
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
-from vidworld.world.load import find, load
+from vidworld.world.load import find, load, members
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
 
@@ -52,6 +54,9 @@ class Options(Settings):
     """Directory of a trained world: a run or an export."""
     data: tyro.conf.Positional[Path]
     """Dataset directory of videos, of the same robot."""
+    members: tuple[Path, ...] = ()
+    """Further members of an ensemble with `run`: the same world, trained with other seeds. Each imagines
+    --samples futures, and what they disagree in is told apart."""
     out: Path
     """Directory to write; it must not exist."""
     device: str | None = None
@@ -68,12 +73,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld eval`."""
     options = parse(Options, arguments, prog=prog)
     with output_directory(options.out, RECORD, overwrite=options.overwrite) as folder:
-        files = find(options.run)
-        world = load(options.run, options.device, calibrated=not options.uncalibrated)
+        paths = members([options.run, *options.members])
+        files = find(paths[0])
+        world = load(paths, options.device, calibrated=not options.uncalibrated)
         origin = {
             "run": str(options.run),
             "checkpoint": files.checkpoint,
             "weights_sha256": file_digest(files.weights),
+            **({"runs": _members(paths)} if len(paths) > 1 else {}),
             "command": [prog, *arguments],
         }
         metrics = run(world, options.data, options, folder, origin=origin)
@@ -94,6 +101,8 @@ def run(
     """
     metrics, study, spec = _measure(world, dataset_dir, settings, origin or {})
     write_report(metrics, study, spec, folder)
+    if "scenes" in metrics:
+        (folder / SCENES).write_text(scenes_csv(metrics["scenes"]))
     (folder / RECORD).write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
@@ -122,6 +131,13 @@ def _measure(
 ) -> tuple[dict[str, Any], Study, WorldSpec]:
     dataset = ShardDataset.open(dataset_dir)
     world = world_of(world, dataset, settings.split)
+    if settings.rank_scenes and world.num_members < 2:
+        raise ConfigError(
+            "--rank-scenes",
+            got="one world",
+            expected="an ensemble, whose members can disagree",
+            fix="name others with --members",
+        )
     settings = replace(settings, half=chosen_half(settings, dataset, world.calibration))
     plan = plan_windows(dataset, world.spec, settings)
     for embodiment in plan.embodiments:
@@ -154,6 +170,7 @@ def _measure(
             "height": spec.height,
             "width": spec.width,
             "fps": spec.fps,
+            "members": world.num_members,
             "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         },
         "data": {
@@ -166,6 +183,7 @@ def _measure(
         },
         **found,
         **({"drift": drifted} if drifted else {}),
+        **({"scenes": rank(found["windows"])} if settings.rank_scenes else {}),
         "seconds": round(seconds, 3),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _device(world.device),
@@ -177,6 +195,11 @@ def _measure(
         },
     }
     return _plain(metrics), study, spec
+
+
+def _members(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """Where the members of an ensemble are, and what they are."""
+    return [{"run": str(path), "weights_sha256": file_digest(find(path).weights)} for path in paths]
 
 
 def world_of(world: WorldModel, dataset: ShardDataset, split: str) -> WorldModel:
@@ -233,6 +256,15 @@ def _lines(metrics: Mapping[str, Any], out: Path) -> str:
         lines.append("  ".join(f"{cell:>9}" for cell in (horizon, *cells)))
     for robot, found in metrics.get("calibration", {}).items():
         lines += calibration_lines(robot, found)
+    for robot, found in metrics.get("uncertainty", {}).items():
+        if (unknown := found["pixels"]["unknown"]) is not None:
+            lines.append(
+                f"{robot}, pixels at frame {found['frames'][-1]}: open {found['pixels']['open'][-1]:.4f}, "
+                f"unknown {unknown[-1]:.4f}, error {found['pixels']['error'][-1]:.4f} (standard deviations)"
+            )
+    if scenes := metrics.get("scenes"):
+        least = ", ".join(f"{scene['key']}@{scene['start']} ({scene['unknown']:.4f})" for scene in scenes[:5])
+        lines.append(f"least known, to collect next: {least}; all in {out / SCENES}")
     for robot, found in metrics.get("drift", {}).items():
         lines.append(drift_line(robot, found))
     lines += [f"warning: {warning}" for warning in metrics["warnings"]]

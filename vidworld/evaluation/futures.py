@@ -27,6 +27,8 @@ class Rolled:
 
     video_MTVHWC: np.ndarray
     proprio_MTS: np.ndarray
+    member_M: np.ndarray
+    """Which member of an ensemble imagined each; all 0 for one world."""
     wrong: dict[str, np.ndarray]
     """Kind of wrong actions -> pictures at the horizons."""
     shuffled_TVHWC: np.ndarray | None
@@ -57,15 +59,17 @@ def roll_out(
 ) -> list[Rolled]:
     """Rollouts of a chunk of windows under true actions, M samples each, and under wrong ones, one each.
 
+    Of an ensemble M are the samples of all members, `settings.samples` each.
     The noise of a sample depends on the window's number in the whole study (`first` is the chunk's), and not
     on the size of the chunks.
     """
-    world, samples = engine.world, settings.samples
+    world, of_each = engine.world, settings.samples
+    samples = of_each * world.num_members
     state = world.reset(
         [recorded.grounding.prompt for recorded, _ in chunk],
-        samples,
+        of_each,
         settings.seed,
-        sample_ids=range(first * samples, (first + len(chunk)) * samples),
+        sample_ids=range(first * of_each, (first + len(chunk)) * of_each),
         sampler=engine.sampler,
         allow_out_of_range=True,
     )
@@ -93,6 +97,8 @@ def roll_out(
     video_WMTVHWC = np.concatenate(videos).reshape(len(chunk), samples, *videos[0].shape[1:])
     proprio_WMTS = np.concatenate(proprios).reshape(len(chunk), samples, *proprios[0].shape[1:])
 
+    member_M = state.member_B[:samples].cpu().numpy()
+
     jobs = [
         (number, kind, actions_TA)
         for number, (recorded, partner) in enumerate(chunk)
@@ -113,7 +119,7 @@ def roll_out(
             if kind == "shuffled" and chunk[number][0].window in shown:
                 shuffled[number] = _pictures(world, rolled, range(settings.frames), slice(row, row + 1))[0]
     return [
-        Rolled(video_WMTVHWC[number], proprio_WMTS[number], wrong[number], shuffled[number])
+        Rolled(video_WMTVHWC[number], proprio_WMTS[number], member_M, wrong[number], shuffled[number])
         for number in range(len(chunk))
     ]
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from vidworld import media
 from vidworld.evaluation.calibration_page import write_calibration
+from vidworld.evaluation.disagreement import rank_correlation, write_scenes, write_spread
 from vidworld.evaluation.drift_page import write_drift
 from vidworld.evaluation.metrics import psnr
 from vidworld.evaluation.study import Clip, Study
@@ -68,6 +69,10 @@ def write_report(metrics: Mapping[str, Any], study: Study, spec: WorldSpec, fold
     _actions(report, metrics)
     _proprio(report, metrics, study, spec)
     _collapse(report, metrics)
+    for robot, found in metrics.get("uncertainty", {}).items():
+        write_spread(report, robot, found)
+    if scenes := metrics.get("scenes"):
+        write_scenes(report, scenes, rank_correlation(scenes))
     for robot, found in metrics.get("calibration", {}).items():
         write_calibration(report, robot, found)
     for robot, found in metrics.get("drift", {}).items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.calibration import Verified, verify
+from vidworld.evaluation.disagreement import Spread, spread_of
 from vidworld.evaluation.futures import Rolled, Roller, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import appearance, proprio_metrics, video_metrics
 from vidworld.evaluation.outcomes import read_outcomes
@@ -97,6 +98,8 @@ class Measured:
     """Dimension -> what `proprio_metrics` gives."""
     verified: Verified | None = None
     """What it says of calibration, where that is asked for."""
+    spread: Spread | None = None
+    """How its futures spread, where there are two of each member."""
 
     @property
     def last_gain(self) -> float:
@@ -134,6 +137,7 @@ def measure(
     shown = _shown(plan, settings.clips)
     batch = settings.batch or _rows_at_once(world, settings)
     engine = engine or RolloutEngine(world, sampler=settings.sampler(world.spec.sampler))
+    futures = settings.samples * world.num_members
     measured: list[Measured] = []
     clips: list[Clip] = []
     denoising: dict[str, dict[str, float]] = {}
@@ -144,7 +148,7 @@ def measure(
             probed = {windows[i] for i in spaced(len(windows) - 1, min(DENOISING_CLIPS, len(windows)))}
             probes: list[_Probe] = []
             paired = pairs(dataset, world.spec, settings, windows)
-            while chunk := list(itertools.islice(paired, max(1, batch // settings.samples))):
+            while chunk := list(itertools.islice(paired, max(1, batch // futures))):
                 rollouts = roll_out(engine, settings, chunk, first=len(measured), batch=batch, shown=shown)
                 encoded = [through_tokenizer(world, recorded.frames_TVHWC) for recorded, _ in chunk]
                 compare = partial(_compare, world.spec, settings, readout)
@@ -237,7 +241,10 @@ def _compare(
         )
     partner_window = None if partner is None else partner.window
     verified = _verify(spec, recorded, rolled, bound_TVHWC, readout) if settings.calibration else None
-    return Measured(recorded.window, partner_window, views, wrong, proprio, verified)
+    spread = None
+    if settings.samples > 1:
+        spread = spread_of(rolled.video_MTVHWC, rolled.proprio_MTS, rolled.member_M, bound_TVHWC)
+    return Measured(recorded.window, partner_window, views, wrong, proprio, verified, spread)
 
 
 def _verify(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vidworld.evaluation import disagreement
 from vidworld.evaluation.calibration import summarise as calibrate
 from vidworld.evaluation.metrics import horizon_table
 from vidworld.evaluation.study import LOOKS, Measured, Study
@@ -51,6 +52,11 @@ def summarise(study: Study, settings: Settings, frames_per_step: int = 1) -> dic
         for name, group in robots.items()
         if (verified := [(one.window.sample.key, one.verified) for one in group if one.verified])
     }
+    spreads = {
+        name: disagreement.summarise(found, _dimensions(group[0]), frames_per_step)
+        for name, group in robots.items()
+        if (found := [one.spread for one in group if one.spread is not None])
+    }
     return {
         "summary": summary,
         "intervals": _intervals(measured, horizons),
@@ -60,6 +66,7 @@ def summarise(study: Study, settings: Settings, frames_per_step: int = 1) -> dic
         "collapse": collapse,
         "proprio": {name: _proprio(group, horizons, frames_per_step) for name, group in robots.items()},
         **({"calibration": calibration} if calibration else {}),
+        **({"uncertainty": spreads} if spreads else {}),
         "curve": _pictures(measured, range(1, settings.frames + 1)),
         "windows": [_window(one, horizons) for one in measured],
     }
@@ -234,8 +241,24 @@ def _window(one: Measured, horizons: Sequence[int]) -> dict[str, Any]:
         "episode_id": one.window.sample.episode_id,
         "start": one.window.start,
         "shuffled_with": one.partner and f"{one.partner.sample.key}@{one.partner.start}",
+        **_spread(one),
         **by_view,
     }
+
+
+def _spread(one: Measured) -> dict[str, float | None]:
+    """What is open, unknown and wrong in a window: standard deviations of pixels, over all its frames."""
+    if one.spread is None:
+        return {}
+    return {
+        "open": float(np.sqrt(one.spread.open_T.mean())),
+        "unknown": one.spread.unknown,
+        "error": float(np.sqrt(one.spread.error_T.mean())),
+    }
+
+
+def _dimensions(one: Measured) -> list[tuple[str, str]]:
+    return [(name, found["unit"]) for name, found in one.proprio.items()]
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -19,7 +19,7 @@ from vidworld.evaluation.grounding import Recording
 from vidworld.evaluation.imagining import Imagined
 from vidworld.evaluation.rollout_files import side_by_side
 from vidworld.world.calibration import PIXELS, PROPRIO, Calibration
-from vidworld.world.uncertainty import Rows, Split, split
+from vidworld.world.uncertainty import Rows, Split
 
 OPEN_COLOR, UNKNOWN_COLOR = (245, 158, 11), (217, 70, 239)
 """Of the maps: amber is what the world leaves open, magenta what the model does not know."""
@@ -76,22 +76,27 @@ def measure(found: Imagined, readings: Mapping[str, np.ndarray] | None = None) -
     members = sorted(set(found.member_N.tolist()))
     samples = len(found.member_N) // len(members)
     rows = Rows(torch.zeros(len(found.member_N), dtype=torch.int64), torch.from_numpy(found.member_N))
-    opened, unknown = [], []
-    for frame_NVHWC in np.moveaxis(found.video_NTVHWC, 1, 0):
-        parted = split(rows.arrange(torch.from_numpy(frame_NVHWC).float() / 255)).map(lambda x: x[0].mean(-1))
-        opened.append(parted.aleatoric_SX.numpy())
-        if parted.epistemic_SX is not None:
-            unknown.append(parted.epistemic_SX.numpy())
     return Unsure(
         samples,
-        np.stack(opened),
-        np.stack(unknown) if unknown else None,
+        *pixel_variances(found.video_NTVHWC, found.member_N),
         rows.split(torch.from_numpy(found.proprio_NTS.astype(np.float64))),
         {
             name: rows.split(torch.from_numpy(np.asarray(v, np.float64)))
             for name, v in (readings or {}).items()
         },
     )
+
+
+def pixel_variances(video_NTVHWC: np.ndarray, member_N: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """A and E [T, V, H, W] of uint8 pictures from 0 to 1, means over colours; no E for one member."""
+    rows = Rows(torch.zeros(len(member_N), dtype=torch.int64), torch.from_numpy(member_N))
+    opened, unknown = [], []
+    for frame_NVHWC in np.moveaxis(video_NTVHWC, 1, 0):
+        parted = rows.split(torch.from_numpy(frame_NVHWC).float() / 255).map(lambda x: x[0].mean(-1))
+        opened.append(parted.aleatoric_SX.numpy())
+        if parted.epistemic_SX is not None:
+            unknown.append(parted.epistemic_SX.numpy())
+    return np.stack(opened), np.stack(unknown) if unknown else None
 
 
 # When to stop

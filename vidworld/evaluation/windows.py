@@ -68,6 +68,8 @@ class Settings:
     """Verify whether the spread of the samples is honest; wants many (--samples 32)."""
     readout: Path | None = None
     """Readout (see vidworld readout) with which --calibration also reads outcomes and events of lab data."""
+    rank_scenes: bool = False
+    """Of an ensemble: rank the windows by what is unknown in them, for what to collect next (scenes.csv)."""
     drift: int | None = None
     """Also imagine this many frames at a stretch, such as 512, and measure whether they hold."""
 
@@ -83,6 +85,8 @@ class Settings:
                     f"--{name.replace('_', '-')}", got=getattr(self, name), expected=f"{minimum} or more"
                 )
 
+        if self.rank_scenes and self.samples < 2:
+            raise ConfigError("--samples", got=self.samples, expected="2 or more with --rank-scenes")
         if self.calibration:
             require_samples(self.samples)
         elif self.readout is not None:
