@@ -274,9 +274,16 @@ def kept(recorded: Recorded, at: list[int], config: OracleConfig, path: Path) ->
 
 
 def finished(jobs: Sequence["concurrent.futures.Future[Foreseen]"], wait_s: float) -> dict[int, Foreseen]:
-    """Results by place of what is done in time."""
+    """Results by place of what is done in time; an episode that cannot be made again is left out aloud."""
     done, _ = concurrent.futures.wait(jobs, timeout=max(wait_s, 0))
-    return {place: job.result() for place, job in enumerate(jobs) if job in done}
+    found: dict[int, Foreseen] = {}
+    for place, job in enumerate(jobs):
+        if job in done:
+            try:
+                found[place] = job.result()
+            except DataError as error:
+                print(f"left out: {error}", flush=True)
+    return found
 
 
 def sampler(world: WorldModel, options: Options) -> Any:

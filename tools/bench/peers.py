@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 from vidworld import cli
 from vidworld.config import parse
-from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.metrics import appearance, psnr
 from vidworld.world.codec import to_video
@@ -58,8 +57,8 @@ SHARP_FROM = 0.75
 class Options:
     """Train and measure peers."""
 
-    data: Path
-    """One dataset of videos."""
+    data: tuple[Path, ...]
+    """Datasets of videos of one robot, or a folder of them."""
     tokenizer: Path
     """Trained tokenizer of ours and of the plain transformer."""
     ours: Path
@@ -75,7 +74,7 @@ class Options:
     """Held-out windows, evenly spaced, one an episode."""
     context: int = 8
     horizons: tuple[int, ...] = (8, 24)
-    our_steps: tuple[int, ...] = (1, 2, 4)
+    our_steps: tuple[int, ...] = (1, 4)
     """Denoising steps of ours that are measured."""
     batch: int = 64
     """Rollouts side by side."""
@@ -97,6 +96,8 @@ class Options:
     out: Path = Path("benchmarks/peers.json")
 
     def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("--data", got="nothing", expected="a dataset, or a folder of them")
         if not self.contenders or not self.horizons or min(self.horizons) < 1:
             raise ConfigError(
                 "--contenders and --horizons",
@@ -150,9 +151,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
     if run is None:
         return
     world = load(run, options.device)
-    dataset = ShardDataset.open(options.data)
+    datasets = peers_data.open_all(options.data)
     cases = peers_data.cases(
-        dataset, world, episodes=options.episodes, context=options.context, frames=max(options.horizons)
+        datasets, world, episodes=options.episodes, context=options.context, frames=max(options.horizons)
     )
     parameters = sum(parameter.numel() for parameter in world.model.parameters())
     corpus: Corpus | None = None
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         if not bench.has(60 * minutes + 30, f"training {who}"):
             return
         corpus = corpus or peers_data.corpus(
-            dataset,
+            datasets,
             world,
             run / "latents",
             options.device,
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     del corpus
     found: dict[str, dict[str, tuple[float, str]]] = {}
     for who in options.contenders:
-        if not bench.has(20, f"measuring {who}"):
+        if not bench.has(90 if bench.gpu else 20, f"measuring {who}"):
             break
         found |= (
             measure_ours(bench, world, cases)
@@ -194,9 +195,12 @@ def train_ours(bench: Bench) -> Path | None:
         return run
     if not bench.has(60 * options.minutes + 60, "training ours"):
         return None
-    settings.pop("mix", None)
+    for key in ("mix", "data"):
+        settings.pop(key, None)
+    found = [str(dataset.directory) for dataset in peers_data.open_all(options.data)]
+    data = {"data": found[0]} if len(found) == 1 else {"mix": [{"data": path} for path in found]}
     loop = {**settings.get("loop", {}), "minutes": options.minutes, "steps": None}
-    settings |= {"data": str(options.data), "tokenizer": str(options.tokenizer), "loop": loop}
+    settings |= {**data, "tokenizer": str(options.tokenizer), "loop": loop}
     settings |= {"seed": options.seed, "wandb": "off"}
     path = options.work / "ours.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

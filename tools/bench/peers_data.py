@@ -4,6 +4,7 @@ Shapes: N frames of all episodes, B batch, T frames, C channels, h w latent, H W
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidworld.data.manifest import MANIFEST
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import DataError
 from vidworld.evaluation.grounding import ground_episode
-from vidworld.evaluation.lab_frames import scene
+from vidworld.evaluation.lab_frames import open_datasets, scene
 from vidworld.evaluation.windows import spaced
 from vidworld.world.prompt import Prompt
 from vidworld.world.world import WorldModel
@@ -71,8 +73,25 @@ class Corpus:
         return self.frames_NHWC[rows].movedim(-1, 2).float() / 127.5 - 1, actions_BTA
 
 
+def open_all(paths: Sequence[Path]) -> list[ShardDataset]:
+    """Datasets, and those in folders that are none. Raises DataError where there is none."""
+    found: list[Path] = []
+    for path in paths:
+        inside = (
+            [path]
+            if (path / MANIFEST).is_file()
+            else sorted(one.parent for one in path.glob(f"*/{MANIFEST}"))
+        )
+        if not inside:
+            raise DataError(
+                "--data", where=path, got="no dataset", expected=f"{MANIFEST} in it, or in its folders"
+            )
+        found += inside
+    return open_datasets(found)
+
+
 def corpus(
-    dataset: ShardDataset,
+    datasets: Sequence[ShardDataset],
     world: WorldModel,
     latents: Path,
     device: str,
@@ -81,29 +100,27 @@ def corpus(
     most_episodes: int | None = None,
 ) -> Corpus:
     """Read the training split; latents come from those that a run encoded, or are made where it has none."""
-    manifest = dataset.manifest
-    samples = manifest.samples("train")
+    samples = [(dataset, sample) for dataset in datasets for sample in dataset.manifest.samples("train")]
     if most_episodes is not None:
-        samples = tuple(
-            samples[place] for place in spaced(len(samples) - 1, min(len(samples), most_episodes))
-        )
-    lengths = [sample.frames for sample in samples]
-    total = sum(lengths)
-    size_gb = total * manifest.height * manifest.width * 3 / 2**30
+        samples = [samples[place] for place in spaced(len(samples) - 1, min(len(samples), most_episodes))]
+    lengths = [sample.frames for _, sample in samples]
+    total, height, width = sum(lengths), world.spec.height, world.spec.width
+    size_gb = total * height * width * 3 / 2**30
     if not samples or size_gb > most_gb:
         raise DataError(
             "training frames",
-            where=dataset.directory,
+            where=", ".join(str(dataset.directory) for dataset in datasets),
             got=f"{total:,} of them, {size_gb:.1f} GiB",
             expected=f"some, and at most --frames-gb {most_gb:g}",
             fix="pass --train-episodes",
         )
-    frames_NHWC = torch.empty(total, manifest.height, manifest.width, 3, dtype=torch.uint8)
+    frames_NHWC = torch.empty(total, height, width, 3, dtype=torch.uint8)
     actions_NA = np.empty((total, world.spec.shape.action_dims), np.float32)
     starts = np.cumsum([0, *lengths])
 
     def read(place: int) -> None:
-        episode = dataset.read(samples[place].key)
+        dataset, sample = samples[place]
+        episode = dataset.read(sample.key)
         rows = slice(starts[place], starts[place + 1])
         frames_NHWC[rows] = torch.from_numpy(scene(episode))
         actions_NA[rows] = episode.actions_TA
@@ -113,7 +130,7 @@ def corpus(
     frames_NHWC = frames_NHWC.to(device)
     raw = torch.from_numpy(actions_NA).to(device, world.dtype)[None]
     actions = world.normalizer.actions(raw, torch.zeros(1, dtype=torch.long, device=device))[0].float()
-    encoded = read_latents(latents, [sample.key for sample in samples], starts, world)
+    encoded = read_latents(latents, [sample.key for _, sample in samples], starts, world)
     if encoded is None:
         pieces = [
             world.encode(piece[:, None, None])[:, 0, 0].half() for piece in frames_NHWC.split(ENCODED_AT_ONCE)
@@ -123,11 +140,16 @@ def corpus(
 
 
 def read_latents(folder: Path, keys: list[str], starts: np.ndarray, world: WorldModel) -> Tensor | None:
-    """Latents [N, C, h, w] float16 of the same episodes, if they lie there."""
-    if not (folder / "manifest.json").is_file():
-        return None
-    dataset = ShardDataset.open(folder)
-    if not set(keys) <= {sample.key for sample in dataset.manifest.samples()}:
+    """Latents [N, C, h, w] float16 of the same episodes, if they lie there; None where a key is not alone."""
+    parts = [path.parent for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")) if path.is_file()]
+    place_of: dict[str, ShardDataset] = {}
+    for part in parts:
+        dataset = ShardDataset.open(part)
+        for sample in dataset.manifest.samples():
+            if sample.key in place_of:
+                return None
+            place_of[sample.key] = dataset
+    if not set(keys) <= place_of.keys():
         return None
     shape = world.spec.shape
     latents_NChw = torch.empty(
@@ -135,7 +157,7 @@ def read_latents(folder: Path, keys: list[str], starts: np.ndarray, world: World
     )
 
     def read(place: int) -> None:
-        found = dataset.read(keys[place]).latents
+        found = place_of[keys[place]].read(keys[place]).latents
         assert found is not None
         latents_NChw[starts[place] : starts[place + 1]] = torch.from_numpy(next(iter(found.values())))
 
@@ -145,25 +167,30 @@ def read_latents(folder: Path, keys: list[str], starts: np.ndarray, world: World
 
 
 def cases(
-    dataset: ShardDataset, world: WorldModel, *, episodes: int, context: int, frames: int
+    datasets: Sequence[ShardDataset], world: WorldModel, *, episodes: int, context: int, frames: int
 ) -> list[Case]:
-    """Held-out episodes from their first frames, evenly spaced over those that are long enough."""
-    samples = [sample for sample in dataset.manifest.samples("val") if sample.frames >= context + frames]
-    if not samples:
-        raise DataError(
-            f"held-out episodes of {context} + {frames} frames", where=dataset.directory, got="none"
-        )
-    found = []
-    for place in spaced(len(samples) - 1, min(len(samples), episodes)):
-        grounding = ground_episode(dataset, samples[place].key, world.spec, context=context, frames=frames)
-        recording = grounding.recording
-        assert recording is not None
-        found.append(
-            Case(
-                grounding.prompt,
-                recording.actions_TA,
-                recording.frames_TVHWC[:, 0],
-                np.asarray(grounding.prompt.frames_TVHWC(world.spec))[-1, 0],
+    """Held-out episodes from their first frames: as many of each dataset, evenly spaced."""
+    found: list[list[Case]] = []
+    for dataset in datasets:
+        samples = [one for one in dataset.manifest.samples("val") if one.frames >= context + frames]
+        if not samples:
+            raise DataError(
+                f"held-out episodes of {context} + {frames} frames", where=dataset.directory, got="none"
             )
-        )
-    return found
+        count = min(len(samples), -(-episodes // len(datasets)))
+        found.append([])
+        for place in spaced(len(samples) - 1, count):
+            grounding = ground_episode(
+                dataset, samples[place].key, world.spec, context=context, frames=frames
+            )
+            recording = grounding.recording
+            assert recording is not None
+            found[-1].append(
+                Case(
+                    grounding.prompt,
+                    recording.actions_TA,
+                    recording.frames_TVHWC[:, 0],
+                    np.asarray(grounding.prompt.frames_TVHWC(world.spec))[-1, 0],
+                )
+            )
+    return [case for row in found for case in row]
