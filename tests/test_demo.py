@@ -1,13 +1,28 @@
 """The main job end to end, small: logs to shards to tokenizer to world model to rollouts to a report."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
 import vidworld
-from vidworld import cli, demo
+from vidworld import cli, demo, media
 from vidworld.data.convert import ConvertOptions, convert
+from vidworld.data.shards import ShardDataset
 from vidworld.lab.planar import PlanarConfig, PlanarSource
+from vidworld.model.dit import DiTConfig
+from vidworld.model.inputs import FrameShape
+from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
+from vidworld.tokenizers.store import save_tokenizer
+from vidworld.trainer.config import absolute, read_training
+from vidworld.world import shipped
+from vidworld.world.build import build
+from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.world import WorldModel
 
 pytest.importorskip("mujoco", reason='needs pip install "vidworld[lab]"')
@@ -44,6 +59,68 @@ def test_without_opengl_the_episodes_that_come_along_serve(tmp_path, monkeypatch
 def test_your_own_shards_are_taken_as_they_are(commands):
     assert demo._dataset(demo.DemoOptions(data=demo.SAMPLE)) == demo.SAMPLE
     assert commands == []
+
+
+@pytest.fixture
+def shipped_world(tmp_path, monkeypatch):
+    """A world of the lab under the name that the demo looks for, with a recipe."""
+    manifest = ShardDataset.open(demo.SAMPLE).manifest
+    torch.manual_seed(0)
+    config = ConvTokenizerConfig(widths=(16, 16, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1))
+    tokenizer = ConvTokenizer(config)
+    spec = WorldSpec(
+        DiTConfig(width=32, depth=2, num_heads=2, num_kv_heads=1, time_every=2, noise_dims=4),
+        FrameShape.from_contracts(manifest.contracts, views=1, channels=16, height=8, width=8),
+        manifest.views, 64, 64, manifest.fps, manifest.contracts, SamplerConfig(steps=1, window=8),
+        tokenizer.digest,
+    )  # fmt: skip
+    folder = tmp_path / "weights" / "lab"
+    (folder / "recipe").mkdir(parents=True)
+    spec.write(folder)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    save_file(build(spec, tokenizer).model.state_dict(), folder / "model.safetensors")
+    recipe = {"kind": "world", "data": "data/lab", "tokenizer": "runs/t", "objective": {"kind": "energy"}}
+    (folder / "recipe" / "world.yaml").write_text(yaml.safe_dump(recipe | {"model": {"noise_dims": 4}}))
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(demo, "_no_lab", lambda: None)
+    return folder
+
+
+def test_a_world_that_comes_along_is_tuned_and_shown_before_and_after(shipped_world, tmp_path, monkeypatch):
+    out, asked = tmp_path / "demo", []
+
+    def run(words):
+        """What the commands would leave behind."""
+        asked.append(words)
+        folder = Path(words[words.index("--out") + 1]) if "--out" in words else out
+        if words[0] == "lab":
+            shutil.copytree(demo.SAMPLE, folder)
+        elif words[0] == "rollout":
+            folder.mkdir()
+            media.write_mp4(folder / "sample-000.mp4", np.zeros((20, 64, 64, 3), np.uint8), 12.5)
+        elif words[0] == "eval":
+            folder.mkdir()
+            value = 20.0 if "before" in folder.name else 23.0
+            summary = {"psnr.f16": value, "psnr_copy.f16": 18.0, "psnr_gain.f8": 1.0, "shuffle_ratio": 2.0}
+            (folder / "metrics.json").write_text(json.dumps({"summary": summary}))
+
+    monkeypatch.setattr(demo, "run_command", run)
+    demo.main(["--out", str(out), "--tune-minutes", "0.5"], "vidworld demo")
+    commands = ["rollout", "lab", "train", "rollout", "eval", "rollout", "eval"]
+    assert [words[0] for words in asked] == commands
+    assert [words[1] for words in asked if words[0] == "eval"] == ["lab", str(out / "world")]
+    before, after = (words for words in asked if words[0] == "eval")
+    assert before[2:-1] == after[2:-1]  # the same windows
+    training = read_training(out / "world.yaml")
+    assert training.objective.kind == "energy"
+    assert training.model.width == 32
+    assert absolute(training).init == shipped_world
+    record = json.loads((out / "demo.json").read_text())
+    assert (record["before"]["psnr.f16"], record["after"]["psnr.f16"]) == (20.0, 23.0)
+    assert media.read_image(out / "before_after.png").shape[2] == 3
+    asked.clear()
+    demo.main(["--out", str(tmp_path / "other"), "--from-scratch"], "vidworld demo")
+    assert [words[0] for words in asked][:2] == ["lab", "inspect"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ LEVELS = {
     **dict.fromkeys(("data", "tokenizers", "model", "diffusion", "lab"), 1),
     "world": 2,
     **dict.fromkeys(("trainer", "evaluation", "serving"), 3),
-    **dict.fromkeys(("cli", "demo", "lab_command", "__main__", "__init__"), 4),
+    **dict.fromkeys(("cli", "demo", "demo_tune", "lab_command", "__main__", "__init__"), 4),
 }
 FORBIDDEN = {"world": {"data", "lab"}}
 SCRIPTS = ("training", "datasets", "tools", "configs")

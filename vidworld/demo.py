@@ -1,5 +1,7 @@
 """`vidworld demo`: logs to shards to tokenizer to world model to rollouts to a report, on a laptop's CPU.
 
+Where a trained world comes with the package, and no logs are given, that one is fine-tuned instead
+(`vidworld.demo_tune`).
 The robot logs are made by the lab where it can draw, and are a small set that comes with vidworld where it
 cannot. This only calls what the other commands call, with settings that fit two cores and a few minutes.
 """
@@ -19,6 +21,7 @@ from vidworld.cli import run_command
 from vidworld.config import parse
 from vidworld.data.manifest import Manifest
 from vidworld.errors import ConfigError, DataError, UserError
+from vidworld.world.shipped import is_here
 
 CONTEXT = 4
 SIZE = 64
@@ -42,6 +45,10 @@ class DemoOptions:
     """WIDTHxHEIGHT that your logs are converted to."""
     episodes: int = 240
     """Simulated episodes, or the most that are taken from your logs."""
+    from_scratch: bool = False
+    """Train everything anew, even where a trained world comes along."""
+    tune_minutes: float = 4.0
+    """Of fine-tuning the one that comes along."""
     tokenizer_minutes: float = 1.6
     world_minutes: float = 5.7
     frames: int = 24
@@ -56,21 +63,28 @@ def main(arguments: Sequence[str], prog: str) -> None:
     options = parse(DemoOptions, arguments, prog=prog)
     began = time.monotonic()
     _claim(options)
+    if options.data is None and not options.from_scratch and is_here("lab") and _no_lab() is None:
+        from vidworld.demo_tune import tune
+
+        record = tune(options.out, options.tune_minutes, do)
+        finished = {"state": "done", "minutes": round((time.monotonic() - began) / 60, 2), **record}
+        (options.out / MARK).write_text(json.dumps(finished, indent=1) + "\n")
+        return
     data = _dataset(options)
     episode = _held_out(Manifest.read(data), options)
     _write_configs(options, data)
     tokenizer, world = options.out / "tokenizer", options.out / "world"
-    _do("train", options.out / "tokenizer.yaml", "--out", tokenizer)
-    _do("train", options.out / "world.yaml", "--out", world)
+    do("train", options.out / "tokenizer.yaml", "--out", tokenizer)
+    do("train", options.out / "world.yaml", "--out", world)
     asked = ["--data", data, "--prompt", episode, "--context", CONTEXT, "--frames", options.frames]
     if options.data is not None:
         # Of a few episodes, the held-out one may go where no other went; the contract is still its own.
         asked.append("--allow-out-of-range")
-    _do("rollout", world, *asked, "--out", options.out / "rollout")
-    _do("rollout", world, *asked, "--actions", "sweep", "--samples", 1, "--out", options.out / "sweep")
+    do("rollout", world, *asked, "--out", options.out / "rollout")
+    do("rollout", world, *asked, "--actions", "sweep", "--samples", 1, "--out", options.out / "sweep")
     report = options.out / "report"
     horizon = ("--context", CONTEXT, "--frames", options.frames)
-    _do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
+    do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
     _finish(options, json.loads((report / "metrics.json").read_text()), (time.monotonic() - began) / 60)
 
 
@@ -115,14 +129,14 @@ def _dataset(options: DemoOptions) -> Path:
         else:
             made = options.out / "data"
             asked = ("--episodes", options.episodes, *LAB, "--seed", options.seed)
-            _do("lab", "rigid", *asked, "--out", made)
+            do("lab", "rigid", *asked, "--out", made)
     elif (options.data / "manifest.json").exists():
         return options.data
     else:
         made = options.out / "data"
         limit = ("--max-episodes", options.episodes)
-        _do("shard", options.data, "--size", options.size, *limit, "--out", made)
-    _do("inspect", made)
+        do("shard", options.data, "--size", options.size, *limit, "--out", made)
+    do("inspect", made)
     return made
 
 
@@ -176,7 +190,7 @@ def _write_configs(options: DemoOptions, data: Path) -> None:
         (options.out / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
-def _do(command: str, *arguments: object) -> None:
+def do(command: str, *arguments: object) -> None:
     """Print a command as a user would type it, and run it in this process."""
     words = [command, *map(str, arguments)]
     print(f"\n$ vidworld {shlex.join(words)}", flush=True)

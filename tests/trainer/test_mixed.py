@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vidworld.config import from_mapping
-from vidworld.contract import Dimension
+from vidworld.contract import Dimension, Statistics
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError, ConfigError, ContractError, DataError
@@ -345,6 +345,11 @@ def test_what_does_not_fit_the_world_to_start_from_is_refused(mixed, planar, twi
     other = dataclasses.replace(known, contracts=(changed, known.contracts[1]))
     with pytest.raises(ContractError, match="rate_hz of embodiment 'planar_arm'"):
         world_spec(mixed.settings, corpus, tokenizer, other)
+    # Other data of the same robot: what the weights were trained with stays.
+    wider = Statistics.of(np.linspace(-9, 9, 50)[:, None] * np.ones(len(known.contracts[0].action)))
+    changed = dataclasses.replace(known.contracts[0], action_statistics=wider)
+    other = dataclasses.replace(known, contracts=(changed, known.contracts[1]))
+    assert world_spec(mixed.settings, corpus, tokenizer, other).contracts[0] == changed
     layouts = (known.layouts[0], dataclasses.replace(known.layouts[1], fps=7.0))
     other = dataclasses.replace(known, layouts=layouts)
     with pytest.raises(ConfigError, match="views, size or rate of embodiment 'twin'"):

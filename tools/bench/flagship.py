@@ -39,7 +39,7 @@ from vidworld.evaluation.lab_truth import Truth, kind_of, read_truth
 from vidworld.evaluation.metrics import psnr, ssim
 from vidworld.evaluation.oracle import Foreseen, OracleConfig, Recorded, foresee, settings_of
 from vidworld.evaluation.readout import Readout, load_readout
-from vidworld.evaluation.skill import headline_errors, in_words, ruler_error, skills, too_blunt
+from vidworld.evaluation.skill import Skill, headline_errors, in_words, ruler_error, skills, too_blunt
 from vidworld.evaluation.windows import spaced
 from vidworld.lab.effect import EFFECTS
 from vidworld.world.engine import RolloutEngine
@@ -374,13 +374,18 @@ def picture_rows(
 
 def moving_psnr(frames_MTHWC: np.ndarray, true_THWC: np.ndarray, last_HWC: np.ndarray) -> np.ndarray:
     """PSNR [T] over what differs in truth from the last known frame; NaN where hardly anything does."""
+    square_T = moving_error(frames_MTHWC, true_THWC, last_HWC).mean(0)
+    return -10 * np.log10(np.maximum(square_T, 1e-10))
+
+
+def moving_error(frames_MTHWC: np.ndarray, true_THWC: np.ndarray, last_HWC: np.ndarray) -> np.ndarray:
+    """Mean squared error [M, T] over what differs in truth from the last known frame, or NaN as above."""
     truth = true_THWC / 255.0
     moves_THW = (np.abs(truth - last_HWC / 255.0) > MOVED).any(axis=-1)
-    square_THW = np.square(frames_MTHWC / 255.0 - truth).mean((0, -1))
+    square_MTHW = np.square(frames_MTHWC / 255.0 - truth).mean(-1)
     count_T = moves_THW.sum((1, 2))
-    mean_T = (square_THW * moves_THW).sum((1, 2)) / np.maximum(count_T, 1)
-    judged_T = count_T >= LEAST_MOVED * np.prod(true_THWC.shape[1:3])
-    return np.where(judged_T, -10 * np.log10(np.maximum(mean_T, 1e-10)), np.nan)
+    mean_MT = (square_MTHW * moves_THW).sum((2, 3)) / np.maximum(count_T, 1)
+    return np.where(count_T >= LEAST_MOVED * np.prod(true_THWC.shape[1:3]), mean_MT, np.nan)
 
 
 def square_error(frames_THWC: np.ndarray, true_THWC: np.ndarray) -> float:
@@ -424,6 +429,7 @@ def judge(
     """Read everything with the ruler, and add the rows of skill."""
     columns = len(options.horizons)
     errors: dict[str, Errors] = {"imagined": [], "held": [], "oracle": [], "ruler": []}
+    moving: dict[str, Errors] = {"imagined": [], "held": [], "oracle": []}
     oracle_psnr = []
     for place in oracle:
         case, seen = cases[place], oracle[place].frames_MTHWC
@@ -432,6 +438,10 @@ def judge(
         for who, frames in videos.items():
             errors[who].append(headline_errors(readout(frames, kind), case.truth))
         errors["held"].append(headline_errors(last, case.truth))
+        still = np.broadcast_to(case.last_HWC, (1, *case.frames_THWC.shape))
+        for who, frames in (("imagined", videos["imagined"]), ("held", still), ("oracle", seen)):
+            error_MT = moving_error(frames, case.frames_THWC, case.last_HWC)
+            moving[who].append({"moving_pixels": error_MT})
         oracle_psnr.append(psnr(seen, np.broadcast_to(case.frames_THWC, seen.shape)).mean(0))
     card = readout.errors[kind]
     bad = too_blunt(kind, card)
@@ -443,10 +453,17 @@ def judge(
         table = skills(
             errors["imagined"], errors["held"], errors["oracle"], column, leave_out=bad, seed=options.seed
         )
+        # No ruler is needed for this one, and it is part of no mean.
+        by_pixels = skills(moving["imagined"], moving["held"], moving["oracle"], column, seed=options.seed)
+        table["moving_pixels"] = by_pixels["moving_pixels"]
         for name, skill in table.items():
             notes = f"1, {in_words(name, skill)}"
-            if name:
+            if name == "moving_pixels":
+                notes += "; squared errors, no ruler"
+            elif name:
                 notes += f"; {ruler_error(name, kind, card)}{': too blunt' if name in bad else ''}"
+            else:
+                notes += left_out(table, skill, bad)
             full = f"flagship.skill.{kind}.{name}.h{horizon}".replace("..", ".")
             if skill.value is None:
                 print(f"{full:<56} nothing to foresee ({notes})", flush=True)
@@ -475,6 +492,17 @@ def judge(
     }
     facts = {"kind": kind, "horizons": options.horizons, "episodes": [cases[place].key for place in oracle]}
     (options.record / f"errors-{kind}.json").write_text(json.dumps(facts | {"errors": raw}) + "\n")
+
+
+def left_out(table: Mapping[str, Skill], mean: Skill, bad: Sequence[str]) -> str:
+    """Why headline quantities are not in a kind's mean."""
+    why = {
+        name: "nothing to foresee" if one.value is None else "ruler too blunt"
+        for name, one in table.items()
+        if name and name not in (*mean.used, "moving_pixels")
+    }
+    words = "".join(f"; without {name}: {reason}" for name, reason in why.items())
+    return words + ("; the ruler is too blunt for what is left" if set(mean.used) & set(bad) else "")
 
 
 def known(errors: Mapping[str, np.ndarray], name: str, column: int) -> bool:

@@ -110,7 +110,7 @@ def _with_known(
     tokenizer: Tokenizer,
     where: Path | None,
 ) -> tuple[tuple[ActionContract, ...], tuple[Layout, ...]]:
-    """Embodiments of the data, then those that only the world before knew."""
+    """Embodiments of the data, then those that only the world before knew; its statistics are kept."""
     if known.tokenizer_digest not in ("", tokenizer.digest):
         raise ConfigError(
             "tokenizer of the world to start from",
@@ -124,8 +124,10 @@ def _with_known(
     }
     for contract in known.contracts:
         name, layout = contract.embodiment, known.layout(contract.embodiment)
-        mine, seen = here.setdefault(name, (contract, layout))
-        contract.require_equal(mine, where=where)
+        mine, seen = here.get(name, (contract, layout))
+        contract.require_same_robot(mine, where=where)
+        # Its weights fit numbers that were scaled by its own statistics, whatever the new data's are.
+        here[name] = (contract, layout)
         if seen != layout:
             raise ConfigError(
                 f"views, size or rate of embodiment {name!r}", where=where, got=seen, expected=layout

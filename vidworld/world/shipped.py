@@ -18,13 +18,18 @@ def resolve(path: Path | str) -> Path:
     folder = Path(path)
     if str(path) not in NAMES or (folder / FILE_NAME).is_file():
         return folder
-    if not (FOLDER / str(path) / FILE_NAME).is_file():
+    if not is_here(str(path)):
         raise CheckpointError(
             f"the weights of {str(path)!r} are not in this copy of vidworld",
             where=FOLDER / str(path),
             fix="install a release that has them, or give the directory of a run of your own",
         )
     return FOLDER / str(path)
+
+
+def is_here(name: str) -> bool:
+    """Whether this copy of the package has the weights of a name."""
+    return (FOLDER / name / FILE_NAME).is_file()
 
 
 def prompts_of(folder: Path) -> Path | None:
