@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vidworld.errors import ConfigError
+from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.oracle import Foreseen, OracleConfig
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
@@ -131,3 +131,41 @@ def test_the_oracle_is_computed_once(bench, tmp_path, monkeypatch):
         found = flagship.kept(None, [1, 2], OracleConfig(), tmp_path / "oracle" / "one")
         assert found == Foreseen(b"video", 1, float("inf"))
     assert calls == [[1, 2]]
+
+
+def row(name, value, unit="1"):
+    return {
+        "name": name, "value": value, "unit": unit, "device": "H", "versions": {}, "date": "2026-01-01",
+        "command": "python tools/bench/flagship.py",
+    }  # fmt: skip
+
+
+def test_the_page_shows_what_was_measured_last(bench, tmp_path):
+    page = bench("flagship_page")
+    stale = row("flagship.skill.paint.coverage.h24", 0.77)
+    rows = [
+        stale,
+        row("flagship.psnr.paint.h24", 27.5),
+        row("flagship.psnr.held.paint.h24", 21.25),
+        row("flagship.shuffle_ratio.paint", 3.5),
+        row(
+            "flagship.skill.paint.h24", 0.8123, "1, mean of streak_iou_error, 95 % 0.70 to 0.91, 40 episodes"
+        ),
+        row("flagship.skill.paint.streak_iou_error.h24", 0.5, "1, ruler IoU 0.3: too blunt"),
+        row("flagship.error.paint.streak_iou_error.oracle.h24", 0.125),
+        row("peers.ours.k1.psnr.h24", 25.0),
+        row("peers.edm.psnr.h24", 20.0),
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    page.main(["--directory", str(tmp_path), "--out", str(tmp_path / "flagship.md")], "page")
+    text = (tmp_path / "flagship.md").read_text()
+    assert "| paint | 0.81 (0.70 to 0.91) |" in text
+    assert "| streak_iou_error | 24 | - | - | 0.125 | - | 0.50 | ruler too blunt |" in text
+    assert "0.77" not in text
+    assert "| paint | imagined | 27.5 |" in text
+    assert "| paint | last frame held | 21.2 |" in text
+    assert "| ours, steps 1 | 25 |" in text
+    assert "blind" not in text
+    (tmp_path / "rows.json").write_text(json.dumps([stale | {"name": "demo.minutes"}]))
+    with pytest.raises(DataError, match="rows of skill"):
+        page.main(["--directory", str(tmp_path), "--out", str(tmp_path / "none.md")], "page")

@@ -469,15 +469,14 @@ def judge(
                 print(f"{full:<56} nothing to foresee ({notes})", flush=True)
             else:
                 found[full] = (skill.value, notes)
-        for name in errors["imagined"][0]:
-            for who, of_who in errors.items():
-                means = [
-                    float(np.nanmean(one[name][..., column])) for one in of_who if known(one, name, column)
-                ]
-                if means:
-                    found[f"flagship.error.{kind}.{name}.{who}.h{horizon}"] = (
-                        float(np.mean(means)), f"{len(means)} episodes",
-                    )  # fmt: skip
+        told = [(name, who, one) for who, one in errors.items() for name in one[0]]
+        told += [("moving_pixels", who, one) for who, one in moving.items()]
+        for name, who, of_who in told:
+            means = [float(np.nanmean(one[name][..., column])) for one in of_who if known(one, name, column)]
+            if means:
+                found[f"flagship.error.{kind}.{name}.{who}.h{horizon}"] = (
+                    float(np.mean(means)), f"{len(means)} episodes",
+                )  # fmt: skip
     worth = [one.effective_draws for one in oracle.values() if np.isfinite(one.effective_draws)]
     if worth:
         found[f"flagship.oracle_draws.{kind}"] = (

@@ -15,6 +15,7 @@ device, or it is refused. Rows `peers.<who>.psnr.h<frames>`, `.gain`, `.shuffle_
 peer's PSNR at the last horizon, over the peer's.
 """
 
+import gc
 import json
 import math
 import statistics
@@ -48,6 +49,7 @@ from vidworld.world.world import WorldModel
 Who = Literal["ours", "plain", "edm"]
 Roll = Callable[[Sequence[Case], Sequence[np.ndarray]], np.ndarray]
 """Videos uint8 [B, T, H, W, 3] of cases under commands [T, A] each."""
+MEASURED = "measured.json"
 UNTIMED_STEPS = 3
 SHARP_FROM = 0.75
 """Sharpness is that of the last quarter."""
@@ -166,23 +168,52 @@ def main(arguments: Sequence[str], prog: str) -> None:
         corpus = corpus or peers_data.corpus(
             datasets,
             world,
-            run / "latents",
+            latents_of(options, run),
             options.device,
             most_gb=options.frames_gb,
             most_episodes=options.train_episodes,
         )
         train_peer(bench, who, make_peer(who, world, parameters), corpus, minutes)
     del corpus
-    found: dict[str, dict[str, tuple[float, str]]] = {}
+    found = read_measured(options)
     for who in options.contenders:
+        if any(name.partition(".")[0] == who for name in found):
+            continue
         if not bench.has(90 if bench.gpu else 20, f"measuring {who}"):
-            break
-        found |= (
-            measure_ours(bench, world, cases)
-            if who == "ours"
-            else measure_peer(bench, who, world, parameters, cases)
-        )
+            return
+        if who == "ours":
+            found |= measure_ours(bench, world, cases)
+        else:
+            found |= measure_peer(bench, who, world, parameters, cases)
+        (options.work / MEASURED).write_text(json.dumps([settings_of(options), found]) + "\n")
     compare(bench, found)
+
+
+def settings_of(options: Options) -> dict[str, Any]:
+    """What figures depend on, beside the weights."""
+    names = (
+        "episodes",
+        "context",
+        "horizons",
+        "our_steps",
+        "batch",
+        "minutes",
+        "tokenizer_minutes",
+        "compile",
+    )
+    facts = {name: getattr(options, name) for name in names} | {"data": [str(path) for path in options.data]}
+    return json.loads(json.dumps(facts))
+
+
+def read_measured(options: Options) -> dict[str, dict[str, tuple[float, str]]]:
+    """What an earlier call measured in the same way."""
+    path = options.work / MEASURED
+    if not path.is_file():
+        return {}
+    settings, found = json.loads(path.read_text())
+    if settings != settings_of(options):
+        return {}
+    return {who: {name: (value, unit) for name, (value, unit) in rows.items()} for who, rows in found.items()}
 
 
 def train_ours(bench: Bench) -> Path | None:
@@ -208,7 +239,16 @@ def train_ours(bench: Bench) -> Path | None:
     if code := cli.run(["train", str(path), "--out", str(run), *overwrite]):
         raise SystemExit(code)
     note_trained(bench, "ours", options.minutes, {})
+    gc.collect()
+    if bench.gpu:
+        torch.cuda.empty_cache()
     return run
+
+
+def latents_of(options: Options, run: Path) -> Path:
+    """Where ours found or made its latents."""
+    settings = {} if options.ours.is_dir() else yaml.safe_load(options.ours.read_text())
+    return Path(settings.get("latents") or run / "latents")
 
 
 def note_trained(bench: Bench, who: str, minutes: float, facts: Mapping[str, Any]) -> None:
@@ -261,8 +301,11 @@ def train_peer(bench: Bench, who: str, net: nn.Module, corpus: Corpus, minutes: 
     net = net.to(options.device)
     if who == "edm":
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    averaged = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    weights = [parameter.detach() for parameter in net.parameters()]
+    averaged = [weight.clone() for weight in weights]
+    optimizer = torch.optim.AdamW(
+        net.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=bench.gpu
+    )
     compiled(net, bench)
     random = torch.Generator().manual_seed(options.seed)
     config: Any = net.config
@@ -291,20 +334,18 @@ def train_peer(bench: Bench, who: str, net: nn.Module, corpus: Corpus, minutes: 
         # An average that starts late: the first steps would else stay in it for as long as a short run lasts.
         decay = min(options.ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            for name, value in net.state_dict().items():
-                averaged[name].lerp_(value, 1 - decay) if value.is_floating_point() else averaged[name].copy_(
-                    value
-                )
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
         step += 1
+        if step % 20 == 0:
+            bench.wait()  # the clock is that of the device, not of what is queued for it
         if step % 200 == 0:
-            bench.wait()
             print(f"{who}: step {step}, loss {float(loss.detach()):.4f}, {progress:.0%}", flush=True)
     if not math.isfinite(float(loss.detach())):
         raise DataError(f"training of {who}", got="a loss that is not finite", fix="take a smaller --lr")
-    save_file(
-        {name: value.cpu().contiguous() for name, value in averaged.items()},
-        options.work / f"{who}.safetensors",
-    )
+    with torch.no_grad():
+        torch._foreach_copy_(weights, averaged)
+    kept = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
+    save_file(kept, options.work / f"{who}.safetensors")
     note_trained(bench, who, minutes, {"steps": step, "parameters": total, "config": asdict(config)})
     print(f"{who}: {step} steps in {minutes:.1f} minutes", flush=True)
 
