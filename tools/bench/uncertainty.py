@@ -3,7 +3,7 @@
     python tools/bench/uncertainty.py --run runs/lab0 runs/lab1 runs/lab2 runs/lab3 --data data/lab \
         --readout runs/readout --device cuda
 
-Several runs are an ensemble, whose samples are taken together; calibrate each first (vidworld calibrate).
+The first run is measured, and all are the ensemble whose E is; calibrate each first (vidworld calibrate).
 Held-out episodes (the evaluation half of the val split), their first 8 frames known, 32 samples:
 
 - `calibration`: spread-skill, 90 % coverage, rank tests and event reliability of every kind, leads 4 to 32,
@@ -60,7 +60,9 @@ class Options:
     """Measure what a world of the lab knows of what it does not know."""
 
     run: tuple[Path, ...]
-    """Runs or exports; several are members of an ensemble."""
+    """Runs or exports; the first is measured, and all are the ensemble whose E is."""
+    together: bool = False
+    """Take the samples of all members together in every part."""
     data: Path
     """Folder with a dataset a kind, or one dataset."""
     readout: Path | None = None
@@ -113,7 +115,10 @@ class Bench:
         self.options, self.began = options, time.monotonic()
         self.datasets = datasets(options)
         runs = options.run[0] if len(options.run) == 1 else list(options.run)
-        self.world: WorldModel = load(runs, options.device)
+        loaded = load(runs, options.device)
+        self.ensemble = loaded if isinstance(loaded, Ensemble) else None
+        alone = self.ensemble is not None and not options.together
+        self.world: WorldModel = self.ensemble.members[0] if self.ensemble and alone else loaded
         if self.world.spec.frames_per_step != 1 or len(self.world.spec.views) != 1:
             raise ConfigError("a world of one view and no time stride", got=str(options.run))
         device = self.world.device
@@ -134,12 +139,12 @@ class Bench:
         end = self.began + UNTIL[part] * self.options.budget_s
         return lambda: time.monotonic() > end
 
-    def imaginer(self, *, calibrated: bool = True, samples: int | None = None) -> Imaginer:
+    def imaginer(self, *, calibrated: bool = True) -> Imaginer:
         """Rolls out with the world's own sampler, or with that of its training."""
         own = self.world.spec.sampler
         return Imaginer(
             self.world,
-            samples=samples or self.options.samples,
+            samples=self.options.samples,
             rows=self.options.rows,
             seed=self.options.seed,
             sampler=own if calibrated else dataclasses.replace(own, noise_scale=None),
@@ -218,15 +223,17 @@ def measure_calibration(bench: Bench) -> None:
     """Every kind, as calibrated, then as trained where that differs."""
     ways = [""] if bench.world.spec.sampler.noise_scale is None else ["", ".uncalibrated"]
     late = bench.late("calibration")
+    slots = len(ways) * len(bench.datasets)
     for way in ways:
         imaginer, found = bench.imaginer(calibrated=not way), list[Kind]()
-        for number, kind in enumerate(bench.datasets):
+        for kind in bench.datasets:
+            slots -= 1
             if late() and found:
                 print(f"left out for want of time: {kind}{way}", flush=True)
                 continue
-            share = (number + 1) / len(bench.datasets)
             began, whole = time.monotonic(), bench.began + UNTIL["calibration"] * bench.options.budget_s
-            end = began + (whole - began) * max(share / len(ways), 0.2)
+            # What is left is shared by all that is still to come.
+            end = began + (whole - began) / (slots + 1)
             windows = bench.windows(kind)
             one = calibrate_kind(kind, windows, imaginer, bench.ruler, lambda end=end: time.monotonic() > end)
             found.append(one)
@@ -301,11 +308,13 @@ def measure_ood(bench: Bench) -> None:
     shifted = ood.make_shifts(ordinary, ood.SHIFTS, config, size, options.workers)
     known = bench.windows(KIND, split="train", count=options.train_episodes)
     scores: dict[str, ood.Score] = {}
-    if isinstance(bench.world, Ensemble):
-        scores["E"] = ood.epistemic(bench.imaginer())
+    first = bench.world
+    if bench.ensemble is not None:
+        first = bench.ensemble.members[0]
+        together = Imaginer(bench.ensemble, samples=options.samples, rows=options.rows, seed=options.seed)
+        scores["E"] = ood.epistemic(together)
     else:
         print("no E: it takes two runs or more", flush=True)
-    first = bench.world.members[0] if isinstance(bench.world, Ensemble) else bench.world
     scores["flow"] = ood.flow_loss(first, frames=2 * options.truth.context)
     scores["nearest"] = ood.nearest(first, known)
     rows, told = ood.rows_of(scores, ordinary, shifted)

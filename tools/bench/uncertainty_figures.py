@@ -217,12 +217,18 @@ def shift_pictures(ordinary: Sequence[Any], shifted: Mapping[str, Sequence[Any]]
     """The last known frame of a few episodes, ordinary and under each shift."""
     columns = range(min(6, len(ordinary)))
     keys = [ordinary[place].key for place in columns]
-    rows = {}
-    for name, windows in {"ordinary": ordinary, **shifted}.items():
-        by_key = {window.key: window for window in windows}
-        blank = np.zeros_like(ordinary[0].frames_THWC[0])
-        rows[name] = np.stack(
-            [by_key[key].frames_THWC[by_key[key].context - 1] if key in by_key else blank for key in keys]
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    media.write_png(path, media.strip(rows, list(columns)))
+    rows = {"ordinary": ordinary, **shifted}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 * len(columns) + 0.3, 1.5 * len(rows)), layout="constrained")
+        for row, (name, windows) in enumerate(rows.items()):
+            by_key = {window.key: window for window in windows}
+            for column, key in enumerate(keys):
+                ax = figure.add_subplot(len(rows), len(columns), row * len(columns) + column + 1)
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.spines[:].set_visible(False)
+                if key in by_key:
+                    ax.imshow(by_key[key].frames_THWC[by_key[key].context - 1])
+                if not column:
+                    ax.set_ylabel(name)
+        _write(figure, path)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from vidworld.data.shards import EpisodeArrays, ShardDataset
 from vidworld.errors import ConfigError, DataError
-from vidworld.evaluation.fidelity import difference
+from vidworld.evaluation.futures import through_tokenizer
 from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.lab_truth import kind_of
-from vidworld.evaluation.outcomes import counts
 from vidworld.evaluation.readout import Readings, Readout
 from vidworld.evaluation.readout_errors import blunt
 from vidworld.evaluation.windows import half_of, spaced
@@ -205,10 +204,6 @@ class Ruler:
         bad = set(blunt(self.readout.errors[kind])) if self.readout.errors.get(kind) else set()
         return tuple(name for name in every if name not in bad) or tuple(every)
 
-    def units(self, kind: str) -> dict[str, str]:
-        """Quantity -> unit."""
-        return {name: one.unit for name, one in self.readout.net.subjects[kind].named.items()}
-
     def read(self, videos_NTHWC: np.ndarray, kind: str, reference_HWC: np.ndarray) -> Readings:
         """Readings of videos of one episode."""
         reference = np.repeat(reference_HWC[None], len(videos_NTHWC), 0)
@@ -218,26 +213,9 @@ class Ruler:
         """Quantities [N, T, Q]."""
         return np.stack([readings.quantities[name].astype(np.float64) for name in names], -1)
 
-    def pairs(
-        self, sampled: Readings, truth: Readings, kind: str
-    ) -> Mapping[str, tuple[str, np.ndarray, np.ndarray]]:
-        """Quantity -> unit, samples [M, T] and truth [T], NaN where the true frames do not show it."""
-        subject = self.readout.net.subjects[kind]
-        found = {}
-        for name in self.names(kind):
-            quantity = subject.named[name]
-            read_T = np.where(counts(truth, subject, name)[0], truth.quantities[name][0], np.nan)
-            samples_MT = sampled.quantities[name].astype(np.float64)
-            if quantity.period is not None:
-                samples_MT = read_T + difference(samples_MT, read_T, quantity.period)
-            found[name] = (quantity.unit, samples_MT, read_T.astype(np.float64))
-        return found
-
 
 def shown(world: WorldModel, frames_THWC: np.ndarray) -> np.ndarray:
     """Frames as the world's tokenizer shows them."""
-    from vidworld.evaluation.futures import through_tokenizer
-
     return through_tokenizer(world, np.ascontiguousarray(frames_THWC)[:, None])[1][:, 0]
 
 
