@@ -254,6 +254,7 @@ def latents_of(options: Options, run: Path) -> Path:
 def note_trained(bench: Bench, who: str, minutes: float, facts: Mapping[str, Any]) -> None:
     """Written last, so that what is half trained is trained again."""
     told = {"minutes": minutes, "device": bench.device_name, **facts}
+    (bench.options.work / MEASURED).unlink(missing_ok=True)
     (bench.options.work / f"{who}.json").write_text(json.dumps(told) + "\n")
 
 
