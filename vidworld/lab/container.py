@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vidworld.lab.effect import BaseEffect, Camera, Framing, Plan
+from vidworld.lab.effect import BaseEffect, Camera, Framing, Plan, between
 from vidworld.lab.gl import mujoco
 from vidworld.lab.kinematics import ArmPlanner, tool_down
 from vidworld.lab.policy import random_motion
@@ -60,6 +60,7 @@ class Container(BaseEffect):
         "box_tilt": 0.06,
     }
     angles: ClassVar[frozenset[str]] = frozenset({"box_yaw"})
+    hidden_dims: ClassVar[int] = 5
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Task, half sides and place in metres, turn in rad, look of the carton."""
@@ -83,11 +84,14 @@ class Container(BaseEffect):
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """Mass in kg (log-uniform), sliding friction, and the centre of mass in metres from the middle."""
-        half_3 = np.array(visible["half_m"])
-        centre_3 = OFF_CENTRE * rng.uniform(-1, 1, 3) * half_3
+        return self.hidden_at(rng.random(self.hidden_dims), visible)
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """Centre of mass x, y, z, mass and friction, one after the other."""
+        centre_3 = OFF_CENTRE * between(uniform_D[:3], -1, 1) * np.array(visible["half_m"])
         return {
-            "mass_kg": float(np.exp(rng.uniform(*np.log(MASS_KG)))),
-            "friction": float(rng.uniform(*FRICTION)),
+            "mass_kg": float(np.exp(between(uniform_D[3], *np.log(MASS_KG)))),
+            "friction": float(between(uniform_D[4], *FRICTION)),
             **{f"centre_{axis}_m": float(value) for axis, value in zip("xyz", centre_3, strict=True)},
         }
 

@@ -89,6 +89,7 @@ class Effect(Protocol):
     substep_every: int
     readout_noise: ClassVar[Mapping[str, float]]
     angles: ClassVar[frozenset[str]]
+    hidden_dims: ClassVar[int]
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """What a camera can see of the set-up, as JSON values."""
@@ -96,6 +97,10 @@ class Effect(Protocol):
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """Hidden values; empty if nothing is hidden."""
+        ...
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """The hidden values at a point of the unit cube [hidden_dims]: uniform points give the prior."""
         ...
 
     def build(self, spec: Any, visible: Mapping[str, Any]) -> None:
@@ -131,6 +136,11 @@ class Effect(Protocol):
         ...
 
 
+def between(uniform: Any, low: float, high: float) -> Any:
+    """What `Generator.uniform(low, high)` makes of a number from 0 to 1, bit for bit."""
+    return low + (high - low) * uniform
+
+
 class BaseEffect:
     """Defaults of an effect: nothing hidden, nothing drawn, random motion to explore."""
 
@@ -142,6 +152,8 @@ class BaseEffect:
     """Readouts that a camera can tell, with the standard deviation of its error in one frame."""
     angles: ClassVar[frozenset[str]] = frozenset()
     """Those of them that are angles in radians: pi and -pi are the same."""
+    hidden_dims: ClassVar[int] = 0
+    """Numbers that `hidden_at` turns into hidden values; 0 where only draws from the prior are known."""
     frames = 64
     """Frames of the episode; set by the lab before anything else is called."""
     explore_low_3 = (0.34, -0.24, 0.05)
@@ -150,6 +162,10 @@ class BaseEffect:
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """Nothing is hidden."""
+        return {}
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """None; what it leaves out (the seed of a turbulence) is always drawn from the prior."""
         return {}
 
     def explore(self, rng: np.random.Generator, arm: "ArmPlanner", visible: Mapping[str, Any]) -> Plan | None:

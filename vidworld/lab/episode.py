@@ -242,18 +242,24 @@ def _run_alone(
 
 
 def play(
-    episode: LabEpisode, effect: Any, scene: Scene, hidden: Mapping[str, float], *, render: bool
+    episode: LabEpisode,
+    effect: Any,
+    scene: Scene,
+    hidden: Mapping[str, float],
+    *,
+    render: bool,
+    frames: int | None = None,
 ) -> LabEpisode:
-    """Play the commands of an episode in a scene of its own, which may have played before."""
+    """Play the commands of an episode, or its first `frames`, in a scene that may have played before."""
     config, plan = episode.config, episode.plan
     scene.start(plan.start_J, float(plan.gripper_T[0]))
     effect.reset(scene, episode.visible, hidden)
-    frames, rows, outcomes, masks = [], [], [], []
-    for target_J, gripper in zip(plan.joint_targets_TJ, plan.gripper_T, strict=True):
+    pictures, rows, outcomes, masks = [], [], [], []
+    for target_J, gripper in zip(plan.joint_targets_TJ[:frames], plan.gripper_T[:frames], strict=True):
         rows.append(_proprio(scene, config.forces))
         if render:
             rgb, depth = scene.render()
-            frames.append(halve(effect.draw(rgb, depth, scene.camera)))
+            pictures.append(halve(effect.draw(rgb, depth, scene.camera)))
             if config.masks:
                 masks.append(effect.masks(scene.camera))
         outcomes.append(effect.outcome())
@@ -263,7 +269,7 @@ def play(
     return dataclasses.replace(
         episode,
         hidden=dict(hidden),
-        frames_THWC=np.stack(frames) if render else None,
+        frames_THWC=np.stack(pictures) if render else None,
         proprio_TS=np.array(rows, dtype=np.float32),
         masks_THW=_columns(masks),
         outcomes_T=_columns(outcomes),

@@ -12,7 +12,7 @@ import numpy as np
 
 from vidworld.errors import ConfigError
 from vidworld.lab import liquid_plan as plans
-from vidworld.lab.effect import BaseEffect, Camera, Framing, Plan
+from vidworld.lab.effect import BaseEffect, Camera, Framing, Plan, between
 from vidworld.lab.flip import PER_AXIS, Flip, FlipConfig, lattice
 from vidworld.lab.flip_solids import Shape, solid
 from vidworld.lab.gl import mujoco
@@ -50,6 +50,7 @@ class LiquidEffect(BaseEffect):
     )
     substep_every = 4
     readout_noise: ClassVar[Mapping[str, float]] = {"fill": 0.02, "spilled_ml": 4.0}
+    hidden_dims: ClassVar[int] = 3
 
     def sample_visible(self, rng: np.random.Generator) -> Mapping[str, Any]:
         """Task, liquid, vessels (m); the fill and viscosity too where a camera can see them."""
@@ -73,12 +74,18 @@ class LiquidEffect(BaseEffect):
             "tray_fill": 0.006 * int(rng.integers(5, 8)),
         }
         if task == "stir" or clear:
-            visible |= _draw_hidden(rng)
+            visible |= self.hidden_at(rng.random(self.hidden_dims), visible)
         return visible
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """fill: share of the cup's height; log10_viscosity: of m^2/s. Only an opaque cup hides them."""
-        return {} if "fill" in visible else _draw_hidden(rng)
+        return {} if "fill" in visible else self.hidden_at(rng.random(self.hidden_dims), visible)
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """Mostly thin as water, at times up to syrup: which of the two, how viscous, and the fill."""
+        thin = uniform_D[0] < 0.6
+        exponent = between(uniform_D[1], *((-6.0, -5.0) if thin else (-4.5, -2.8)))
+        return {"fill": float(between(uniform_D[2], *FILL)), "log10_viscosity": float(exponent)}
 
     def build(self, spec: Any, visible: Mapping[str, Any]) -> None:
         """The mug or the paddle in the gripper, and the tray; clear vessels are drawn with the liquid."""
@@ -240,13 +247,6 @@ class LiquidEffect(BaseEffect):
             "spilled_ml": float(lost.sum() * ml),
             "kinetic_mj": 1e3 * kinetic,
         }
-
-
-def _draw_hidden(rng: np.random.Generator) -> dict[str, float]:
-    """Mostly thin as water, at times up to syrup."""
-    thin = rng.random() < 0.6
-    exponent = rng.uniform(-6.0, -5.0) if thin else rng.uniform(-4.5, -2.8)
-    return {"fill": float(rng.uniform(*FILL)), "log10_viscosity": float(exponent)}
 
 
 def _add_mug(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vidworld.lab.effect import FRAME_S, BaseEffect, Camera, Framing, Plan
+from vidworld.lab.effect import FRAME_S, BaseEffect, Camera, Framing, Plan, between
 from vidworld.lab.paint_canvas import PAINTS, Brush, Canvas, PaintConfig, mixed_colour
 from vidworld.lab.paint_props import (
     BRUSH_LENGTH,
@@ -95,6 +95,7 @@ class PaintEffect(BaseEffect):
     tool_offset_3 = (0.0, 0.0, BRUSH_LENGTH)
     substep_every = 2
     readout_noise: ClassVar[Mapping[str, float]] = {"coverage": 0.004, "lowest_m": 0.004}
+    hidden_dims: ClassVar[int] = 3
 
     def __init__(self, config: PaintConfig | None = None) -> None:
         self.config = config or PaintConfig()
@@ -131,10 +132,14 @@ class PaintEffect(BaseEffect):
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """load_ml: what a full brush holds; depletion_m: see `Canvas.stroke`; viscosity in Pa s."""
+        return self.hidden_at(rng.random(self.hidden_dims), visible)
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """Load, depletion and viscosity, one after the other."""
         return {
-            "load_ml": float(rng.uniform(1.2, 5.5)),
-            "depletion_m": float(np.exp(rng.uniform(np.log(0.12), np.log(0.5)))),
-            "viscosity": float(np.exp(rng.uniform(np.log(0.02), np.log(0.4)))),
+            "load_ml": float(between(uniform_D[0], 1.2, 5.5)),
+            "depletion_m": float(np.exp(between(uniform_D[1], np.log(0.12), np.log(0.5)))),
+            "viscosity": float(np.exp(between(uniform_D[2], np.log(0.02), np.log(0.4)))),
         }
 
     def build(self, spec: Any, visible: Mapping[str, Any]) -> None:

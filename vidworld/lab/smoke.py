@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from vidworld.lab.arm import FINGERS
-from vidworld.lab.effect import FRAME_S, PHYSICS_S, BaseEffect, Camera, Framing, Plan
+from vidworld.lab.effect import FRAME_S, PHYSICS_S, BaseEffect, Camera, Framing, Plan, between
 from vidworld.lab.gl import mujoco
 from vidworld.lab.kinematics import minimum_jerk, tool_down
 from vidworld.lab.policy import random_motion
@@ -103,6 +103,7 @@ class SmokeEffect(BaseEffect):
         "smoke_y": 0.06,
         "smoke_z": 0.06,
     }
+    hidden_dims: ClassVar[int] = 3
 
     def __init__(self, config: FlowConfig | None = None) -> None:
         self.config = config or FlowConfig()
@@ -119,12 +120,16 @@ class SmokeEffect(BaseEffect):
 
     def prior(self, rng: np.random.Generator, visible: Mapping[str, Any]) -> Mapping[str, float]:
         """wind_x, wind_y in m/s; buoyancy in m/s^2; turbulence: the seed of the swirls at the source."""
-        speed, heading = rng.uniform(0.0, 0.32), rng.uniform(0, 2 * np.pi)
+        flow = self.hidden_at(rng.random(self.hidden_dims), visible)
+        return {**flow, "turbulence": float(rng.integers(2**24))}
+
+    def hidden_at(self, uniform_D: np.ndarray, visible: Mapping[str, Any]) -> Mapping[str, float]:
+        """Speed and heading of the wind, and buoyancy, one after the other."""
+        speed, heading = between(uniform_D[0], 0.0, 0.32), between(uniform_D[1], 0, 2 * np.pi)
         return {
             "wind_x": float(speed * np.cos(heading)),
             "wind_y": float(speed * np.sin(heading)),
-            "buoyancy": float(rng.uniform(1.4, 3.2)),
-            "turbulence": float(rng.integers(2**24)),
+            "buoyancy": float(between(uniform_D[2], 1.4, 3.2)),
         }
 
     def build(self, spec: Any, visible: Mapping[str, Any]) -> None:
