@@ -165,6 +165,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
     if missing:
         raise ConfigError("kinds of the readout", got=", ".join(readout.kinds), expected=", ".join(missing))
     first = {kind: of_kind[0] for kind, of_kind in cases.items()}
+    # The oracle's processes are the parallelism: threads in them would only fight. This one has its threads.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         # One episode of each kind first: what cannot be made again here fails before anything long begins.
