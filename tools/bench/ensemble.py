@@ -1,7 +1,7 @@
 """Measure an ensemble: frames per second of J members with M samples each, in four ways, in one process.
 
     python tools/bench/ensemble.py --device cuda --budget-s 300    # the target: M = 32 x J = 4 at 128 pixels
-    python tools/bench/ensemble.py --size 8x256 --samples 4 --frames 4 --repeats 2 --window 8    # toy size, CPU
+    python tools/bench/ensemble.py --size 8x256 --samples 4 --frames 4 --repeats 2 --window 8    # toy size
 
 Weights are random: speed does not depend on them. A frame is one moment of all M x J futures, denoised,
 committed and decoded. Ways: `engine` (a `RolloutEngine`: each member's rows in turn, on a GPU all in one
