@@ -12,6 +12,10 @@ import vidworld
 from vidworld import cli
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError
+from vidworld.files import sha256_of
+from vidworld.world.calibration import Calibration, sampling_of
+from vidworld.world.load import find
+from vidworld.world.noise_scale import NoiseScale
 from vidworld.world.prompt import Prompt
 
 
@@ -28,6 +32,29 @@ def export(untrained_run, tmp_path):
         return cli.run(["export", str(untrained_run), "--out", str(tmp_path / "out"), *arguments])
 
     return run
+
+
+def test_a_calibration_goes_along_and_holds_for_the_packed_weights(untrained_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(untrained_run, run)
+    world = vidworld.load(run, "cpu")
+    plain = imagine(run)
+    Calibration(
+        weights_sha256=sha256_of(find(run).weights),
+        world=world.spec.digest,
+        sampler=sampling_of(world.spec.sampler),
+        noise_scale=NoiseScale(latents=(1.5, 0.7)),
+    ).write(run)
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        assert cli.run(["export", str(run), "--out", str(out), "--precision", precision]) == 0
+        opened = vidworld.load(out, "cpu")
+        assert opened.calibration is not None
+        assert opened.calibration.world == opened.spec.digest
+        assert opened.spec.sampler.noise_scale == NoiseScale(latents=(1.5, 0.7))
+    assert torch.equal(imagine(tmp_path / "fp32"), imagine(run))
+    assert not torch.equal(imagine(run), plain), "it does something"
+    assert "NOT calibrated" not in capsys.readouterr().err
 
 
 def test_fp32_repeats_the_run_exactly(export, untrained_run, tmp_path, capsys):

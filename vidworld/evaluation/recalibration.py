@@ -27,8 +27,8 @@ MOST_FACTOR = 4.0
 SMOOTH_LEADS = 5
 CRPS_TOLERANCE = 1.01
 """Factors that make the CRPS worse than this are not kept: spread is not worth any error."""
-LEAST_FLOOR = 0.05
-"""Of the typical error at a lead."""
+LEAST_FLOOR = 0.3
+"""Of the typical error: a lead at which the samples happen to agree does not set the radius of all others."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ def fit_conformal(
         fitted, scored = ([one[name] for one in half] for half in (fitted_all, scored_all))
         square_T = np.mean([square for _, square in fitted], 0)
         told_T = np.mean([variance for variance, _ in fitted], 0)
-        floor_T = np.sqrt(np.maximum(square_T - told_T, LEAST_FLOOR**2 * square_T.mean()) + 1e-24)
+        untold_T = _smooth(square_T - told_T)
+        floor_T = np.sqrt(np.maximum(untold_T, LEAST_FLOOR**2 * square_T.mean()) + 1e-24)
         scores_E = np.array([np.sqrt(square / (variance + floor_T**2)).max() for variance, square in scored])
         if name in units:
             together = np.maximum(together, scores_E)
