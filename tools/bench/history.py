@@ -11,7 +11,7 @@ each seed.
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,18 @@ def dots(places_XA: Tensor) -> Tensor:
     return torch.stack([4 * spot_Xhw - 1, 1 - 2 * spot_Xhw], -3)
 
 
-def train(objective: ObjectiveConfig, seed: int, steps: int, rate: float = 4e-3) -> CausalDiT:
+def train(
+    objective: ObjectiveConfig,
+    seed: int,
+    steps: int,
+    *,
+    make: Callable[[int, int, torch.Generator], Batch] = clips,
+    side: int = SIDE,
+    rate: float = 4e-3,
+) -> CausalDiT:
     """A tiny world that is told everything, for one-step sampling of what has one right answer."""
     torch.manual_seed(seed)
-    shape = FrameShape(views=1, channels=2, height=SIDE, width=SIDE, proprio_dims=1, action_dims=2)
+    shape = FrameShape(views=1, channels=2, height=side, width=side, proprio_dims=1, action_dims=2)
     config = DiTConfig(width=32, depth=2, num_heads=2, num_kv_heads=1, time_every=1, num_registers=0)
     task = WorldTask(
         CausalDiT(config, shape), Normalizer([CONTRACT]), objective, action_dropout=0.0, clip_dropout=0.0
@@ -135,36 +143,44 @@ def train(objective: ObjectiveConfig, seed: int, steps: int, rate: float = 4e-3)
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 30, (1 - step / steps) / 0.3)
         optimizer.zero_grad()
         own = torch.Generator().manual_seed(1000 * seed + step)  # so that all arms see the same clips
-        task(clips(12, CLIP, generator), own, Moment(step / steps, step))["loss"].backward()
+        task(make(12, CLIP, generator), own, Moment(step / steps, step))["loss"].backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()
     return task.net
 
 
-@torch.no_grad()
 def roll_out(model: CausalDiT, context_noise: float, rows: int = 48) -> tuple[list[float], list[float]]:
     """Mean square error against the truth, and against the nearest of 48 x 48 dots, of each frame."""
     batch = clips(rows, CONTEXT + HORIZON, torch.Generator().manual_seed(99))
     assert batch.latents_BTVChw is not None
+    axis = torch.arange(48) / 48
+    every_NX = dots(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)).flatten(0, 1).flatten(1)
+    errors, decays = [], []
+    truth = batch.latents_BTVChw[:, CONTEXT:].split(1, 1)
+    for latents, seen in zip(imagined(model, batch, context_noise), truth, strict=True):
+        errors.append(float((latents - seen).square().mean()))
+        apart_BN = torch.cdist(latents.flatten(1), every_NX)
+        decays.append(float(apart_BN.min(1).values.square().mean() / every_NX.shape[1]))
+    return errors, decays
+
+
+@torch.no_grad()
+def imagined(model: CausalDiT, batch: Batch, context_noise: float) -> Iterator[Tensor]:
+    """Latents [B, 1, V, C, h, w] of each frame after CONTEXT, in one step, under the batch's commands."""
+    rows, frames = batch.actions_BTA.shape[:2]
+    assert batch.latents_BTVChw is not None
     truth = Frames(batch.latents_BTVChw, batch.proprio_BTS)
     into_BTkA = torch.cat([torch.zeros(rows, 1, 2), batch.actions_BTA[:, :-1]], 1)[:, :, None]
-    keep_BT = torch.ones(rows, CONTEXT + HORIZON, dtype=torch.bool)
+    keep_BT = torch.ones(rows, frames, dtype=torch.bool)
     keep_BT[:, 0] = False
     conditioning = Conditioning(into_BTkA, keep_BT, batch.embodiment_B)
     sampler = SamplerConfig(steps=1, context_noise=context_noise, window=CLIP, finest_steps=1)
     stream = NoiseStream(0, torch.arange(rows), torch.float32)
     known = slice(0, CONTEXT)
     _, cache = take_in(model, None, truth[:, known], None, conditioning.frames(known), 0, stream, sampler)
-    axis = torch.arange(48) / 48
-    every_NX = dots(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)).flatten(0, 1).flatten(1)
-    errors, decays = [], []
-    for t in range(CONTEXT, CONTEXT + HORIZON):
-        at = slice(t, t + 1)
-        frame, cache = imagine(model, cache, conditioning.frames(at), t, stream, sampler)
-        errors.append(float((frame.latents_BTVChw - truth.latents_BTVChw[:, at]).square().mean()))
-        apart_BN = torch.cdist(frame.latents_BTVChw.flatten(1), every_NX)
-        decays.append(float(apart_BN.min(1).values.square().mean() / every_NX.shape[1]))
-    return errors, decays
+    for t in range(CONTEXT, frames):
+        frame, cache = imagine(model, cache, conditioning.frames(slice(t, t + 1)), t, stream, sampler)
+        yield frame.latents_BTVChw
 
 
 if __name__ == "__main__":
