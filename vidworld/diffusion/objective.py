@@ -40,8 +40,8 @@ class ObjectiveConfig:
     proprio_weight: float = 0.2
     """Weight of proprioception against the latents."""
     motion_weight: float = 0.0
-    """Weight of latents where the picture changes, see `motion.motion_weights`: 1 shares half of a clip's
-    weight by change; 0 weighs all places alike."""
+    """Weight of latents where the picture has been changing, see `motion.motion_weights`: 1 shares up to half
+    of a frame's weight by change; 0 weighs all places alike."""
     ramp: tuple[float, float] = (0.9, 0.1)
     """Weight of a frame at level tau: ramp[0] * tau + ramp[1]."""
     resample_fraction: float = 0.0
