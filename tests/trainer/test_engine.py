@@ -91,6 +91,25 @@ def test_ddp_on_two_ranks(alone: Path, tmp_path: Path) -> None:
     check_runs(alone, tmp_path, said)
 
 
+def test_gradients_in_bf16_are_close_and_equal_on_all_ranks(tmp_path: Path, start_ranks: Any) -> None:
+    script = Path(__file__).with_name("reduce_ranks.py")
+    start_ranks(2, tmp_path, str(tmp_path), script=script).finished()
+    first, second = (torch.load(tmp_path / f"reduce-{rank}.pt") for rank in range(2))
+    for reduce in ("fp32", "bf16"):
+        assert all(map(torch.equal, first[reduce], second[reduce]))
+    exact, rounded = (torch.cat([grad.flatten() for grad in first[reduce]]) for reduce in ("fp32", "bf16"))
+    # Half a unit in the last of 8 bits a rounding: each rank's gradient, their sum, and its mean.
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < 3 * 2**-9
+    assert torch.equal(rounded, rounded.bfloat16().float()), "it did travel in bfloat16"
+    assert not torch.equal(exact, exact.bfloat16().float())
+
+
+def test_bf16_gradients_are_for_ddp() -> None:
+    with pytest.raises(ConfigError, match="reduce"):
+        EngineConfig(strategy="zero1", reduce="bf16")
+
+
 def test_fsdp2_on_two_ranks(alone: Path, tmp_path: Path) -> None:
     said = torchrun("fsdp2", tmp_path, "whole", "stop", "resume", "poison")
     check_runs(alone, tmp_path, said)

@@ -1,6 +1,8 @@
 """Optimizers against PyTorch's own, their skip, and the schedule."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,22 @@ def test_muon_equals_pytorchs() -> None:
         torch.testing.assert_close(
             mine.state[parameter]["momentum_buffer"], reference.state[other]["momentum_buffer"]
         )
+
+
+def test_ranks_share_out_the_work_and_get_the_same(tmp_path: Path, start_ranks: Any) -> None:
+    script = Path(__file__).with_name("muon_ranks.py")
+    for how in ("whole", "sharded"):
+        start_ranks(2, tmp_path / how, str(tmp_path), how, script=script).finished()
+    whole, first, second = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("whole-0", "sharded-0", "sharded-1")
+    )
+    for kind in ("weights", "moments"):
+        for mine, other, alone in zip(first[kind], second[kind], whole[kind], strict=True):
+            assert torch.equal(mine, other), "ranks stay together, bit by bit"
+            # Products of other batch sizes may round otherwise.
+            torch.testing.assert_close(mine, alone, atol=1e-6, rtol=1e-5)
+    # Eight matrices in four steps: 3 + 1 + 1 a step here, 2 + 0 + 1 there, all eight where not shared.
+    assert (whole["done"], first["done"], second["done"]) == (32, 20, 12)
 
 
 def test_orthogonalise_brings_singular_values_near_one() -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from vidworld.errors import CheckpointError, ConfigError, VidworldError, require
 from vidworld.trainer.optim import OptimConfig, build_optimizers, set_rates
@@ -38,6 +40,9 @@ class EngineConfig:
     checkpoint_activations: bool = False
     """Of each block keep only its input and compute it again in the backward pass: a third more work for a
     fraction of the memory, and the same gradients. `vidworld plan` says when memory needs it."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Under `ddp`, the type in which gradients travel between ranks: `bf16` halves the bytes, and changes the
+    gradient by less than 0.6 % of its norm."""
     sequence_parallel: int = 1
     """Ranks that share each clip, every one computing some of its frames: for clips too long for one GPU."""
 
@@ -45,6 +50,10 @@ class EngineConfig:
         for name in ("accumulation", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name}", got=getattr(self, name), expected="at least 1")
+        if self.reduce == "bf16" and self.strategy != "ddp":
+            raise ConfigError(
+                f"engine.reduce under strategy {self.strategy!r}", got=self.reduce, expected="fp32"
+            )
 
 
 class Engine(Protocol):
@@ -160,6 +169,8 @@ class PlainEngine:
             # broadcast_buffers has a successor in new releases of torch only.
             warnings.simplefilter("ignore", FutureWarning)
             self.module: nn.Module = self.accelerator.prepare(task)
+        if config.reduce == "bf16" and isinstance(self.module, DistributedDataParallel):
+            self.module.register_comm_hook(None, _reduce_in_bf16)
         # After the move: the optimizers must hold the parameters that are trained.
         self.parameters = [(Piece(name, tuple(p.shape), 0, p.numel()), p) for name, p in trained]
         self.optimizers = build_optimizers(trained, optim, matrices)
@@ -236,6 +247,11 @@ class PlainEngine:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.accelerator.wait_for_everyone()
+
+
+def _reduce_in_bf16(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """PyTorch's own hook, which by its own name is refused on anything but NCCL."""
+    return bf16_compress_hook(group, bucket)
 
 
 def named_moments(kind: str, piece: Piece, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vidworld.errors import ConfigError
@@ -30,6 +31,9 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Muon's rate on the plateau."""
     muon_momentum: float = 0.95
+    muon_sharded: bool = False
+    """Under DDP each rank orthogonalises its share of Muon's matrices and sends the result to the others,
+    instead of all of them doing all: worth it where the links are fast and matrices large."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     """Decoupled; on matrices and kernels only."""
@@ -62,6 +66,8 @@ class Muon(torch.optim.Optimizer):
 
     The mathematics of `torch.optim.Muon` with its "original" rate adjustment, sqrt(max(1, rows / columns)).
     Here matrices of one shape share each Newton-Schulz product, and `grad_scale` and `found_inf` are obeyed.
+    With `sharded`, ranks that hold the same gradients share out the matrices of each shape (as Distributed
+    Muon does, Liu et al. 2025, section 2.3, for sharded weights); all ranks have to step.
     """
 
     _step_supports_amp_scaling = True
@@ -75,7 +81,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         newton_schulz_steps: int = 5,
+        *,
+        sharded: bool = False,
     ) -> None:
+        self.sharded = sharded
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -115,7 +124,8 @@ class Muon(torch.optim.Optimizer):
         else:
             moved_NRC = momentum_NRC.lerp(grad_NRC, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(moved_NRC.unbind()))
-        update_NRC = orthogonalise(
+        shared_out = orthogonalise_together if self.sharded else orthogonalise
+        update_NRC = shared_out(
             grad_NRC.lerp(moved_NRC, group["momentum"]), steps=group["newton_schulz_steps"]
         )
         rows, columns = update_NRC.shape[1:]
@@ -147,6 +157,24 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = 5, eps: float = 1e-7) -> Te
     return x.mT if rows > columns else x
 
 
+def orthogonalise_together(matrices_NRC: Tensor, steps: int = 5) -> Tensor:
+    """`orthogonalise` by all ranks of the process group, which hold the same matrices: a share of N each.
+
+    Every rank gets the same bits. Without a process group this rank does all.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalise(matrices_NRC, steps)
+    share = -(-len(matrices_NRC) // dist.get_world_size())
+    begin = share * dist.get_rank()
+    mine_NRC = orthogonalise(matrices_NRC[begin : begin + share], steps)
+    # The last ranks may have less or nothing to do; all have to send as much.
+    sent_NRC = mine_NRC.new_zeros(share, *matrices_NRC.shape[1:])
+    sent_NRC[: len(mine_NRC)] = mine_NRC
+    all_NRC = sent_NRC.new_empty(share * dist.get_world_size(), *matrices_NRC.shape[1:])
+    dist.all_gather_into_tensor(all_NRC, sent_NRC)
+    return all_NRC[: len(matrices_NRC)]
+
+
 def build_optimizers(
     named_parameters: Sequence[tuple[str, nn.Parameter]],
     config: OptimConfig,
@@ -171,7 +199,11 @@ def build_optimizers(
     stacked = [parameter for parameter in trained if id(parameter) in chosen]
     if stacked:
         optimizers["muon"] = Muon(
-            stacked, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
+            stacked,
+            lr=config.muon_lr,
+            momentum=config.muon_momentum,
+            weight_decay=config.weight_decay,
+            sharded=config.muon_sharded,
         )
     return optimizers
 
