@@ -5,9 +5,10 @@ import pytest
 
 from vidworld.errors import ConfigError
 from vidworld.evaluation.calibration import Verified, summarise, verify
-from vidworld.evaluation.calibration_page import calibration_lines, write_calibration
+from vidworld.evaluation.calibration_page import _drawn, calibration_lines, write_calibration
 from vidworld.evaluation.windows import Settings
 from vidworld.page import Report
+from vidworld.plots import COLORS
 
 SAMPLES, LEADS, SIZE = 24, 3, 12
 NAMES = [("reach", "m"), ("turn", "rad")]
@@ -114,6 +115,15 @@ def test_few_samples_and_levels_that_they_cannot_tell() -> None:
     assert list(found["quantities"]["proprio reach"]["pooled"]["coverage"]) == ["0.5", "0.8"]
     assert np.isnan(found["quantities"]["pixels"]["pooled"]["spread_skill"]), "no spread and no error"
     assert found["quantities"]["pixels moving"]["pooled"]["coverage"]["0.5"] is None
+
+
+def test_every_curve_has_a_colour_of_its_own() -> None:
+    quantities = study(episodes=6)["quantities"]
+    worse = {f"{group} {n}": quantities["proprio reach"] for group in ("read", "proprio") for n in range(9)}
+    drawn = _drawn(quantities | worse)
+    assert len(drawn) == len(set(drawn)) == len(COLORS)
+    assert drawn[:2] == ["pixels", "pixels moving"]
+    assert sum(name.startswith("read") for name in drawn) == 2
 
 
 def test_the_page_and_the_terminal_name_the_worst() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from vidworld.page import Report
-from vidworld.plots import Line, Panel, draw
+from vidworld.plots import COLORS, Line, Panel, draw
 
 NBSP = "\N{NO-BREAK SPACE}"
-MOST_OUTCOMES = 4
-MOST_DIMENSIONS = 5
-"""Proprioception curves drawn at most, those with the worst ratios."""
+MOST_OUTCOMES = 2
+MOST_LINES = len(COLORS)
+"""Curves drawn at most, those with the worst ratios: each has a colour of its own."""
 
 HOW_TO_READ = (
     "A world that samples futures also says how sure it is, by how far they spread. That is honest if what "
@@ -173,11 +173,12 @@ def _drawn(quantities: Mapping[str, Any], *, pooled: bool = False) -> list[str]:
         ratio = one["spread_skill"]
         return abs(np.log(ratio)) if ratio and np.isfinite(ratio) else np.inf
 
-    found = list(pictures)
-    for prefix, most in (("read", MOST_OUTCOMES), ("proprio", MOST_DIMENSIONS)):
-        names = sorted((name for name in quantities if name.startswith(prefix)), key=distance)
-        found += names[::-1][: max(0, most - len(pictures))]
-    return found
+    outcomes, dimensions = (
+        sorted((name for name in quantities if name.startswith(prefix)), key=distance)[::-1]
+        for prefix in ("read", "proprio")
+    )
+    outcomes = outcomes[:MOST_OUTCOMES]
+    return pictures + outcomes + dimensions[: MOST_LINES - len(pictures) - len(outcomes)]
 
 
 def _finite(values: list[float | None]) -> list[float | None]:

@@ -104,9 +104,7 @@ def foresee(recorded: Recorded, frames: Sequence[int], config: OracleConfig) -> 
     if episode.hidden:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few effective draws are told in the result
-            known = conditional(
-                episode, config.context, config.draws, seed=config.seed, frames=config.context
-            )
+            known = conditional(episode, config.context, config.draws, seed=config.seed)
         effective = known.effective_draws
         futures = [known.hidden[index] for index in known.resample(config.samples, config.seed)]
     pictures = []
