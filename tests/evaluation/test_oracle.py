@@ -1,7 +1,6 @@
 """The oracle plays true episodes on: with nothing hidden it is the truth, and else it knows no more."""
 
 import dataclasses
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.oracle import OracleConfig, Recorded, foresee
 from vidworld.lab import episode as lab
 from vidworld.lab import gl
-from vidworld.lab.conditional import conditional
 
 PROMPTS = Path(vidworld.__file__).parent / "weights" / "lab" / "prompts"
 
@@ -60,14 +58,3 @@ def test_an_episode_that_cannot_be_made_again_is_refused():
     other = {**episode.meta, "outcome": {**episode.meta["outcome"], "readouts": readouts}}
     with pytest.raises(DataError, match="object0_x of the episode, played again"):
         foresee(dataclasses.replace(episode, meta=other), (20,), OracleConfig())
-
-
-def test_weights_do_not_depend_on_how_far_draws_are_played():
-    episode = lab.generate("container", 3, lab.LabConfig(size=64, exploration=0.0), render=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        whole, brief = (conditional(episode, 34, 8, frames=frames) for frames in (None, 34))
-    assert np.array_equal(whole.weights_N, brief.weights_N)
-    assert brief.outcomes_NT["box_x"].shape == (8, 34)
-    assert np.array_equal(whole.outcomes_NT["box_x"][:, :34], brief.outcomes_NT["box_x"])
-    assert whole.weights_N.std() > 0
