@@ -204,3 +204,50 @@ def test_sizes_are_matched(edm, plain):
         dit = plain.PlainDiT(plain.matched(plain.PlainConfig(8, width=256), 12_000_000))
     assert abs(count(unet) - 12e6) < 3e6
     assert abs(count(dit) - 12e6) < 1e6
+
+
+def squares(count, frames, generator):
+    """Pictures [B, T, 3, 16, 16] of a square that moves as it is told, and the commands [B, T, 2]."""
+    actions = torch.randint(-1, 2, (count, frames, 2), generator=generator).float()
+    place = torch.randint(3, 10, (count, 1, 2), generator=generator) + torch.cat(
+        [torch.zeros(count, 1, 2), actions[:, :-1].cumsum(1)], 1
+    )
+    place = place.clamp(0, 12)
+    axis = torch.arange(16)
+    inside = [((axis >= place[..., i, None]) & (axis < place[..., i, None] + 4)).float() for i in (0, 1)]
+    picture = inside[0][..., :, None] * inside[1][..., None, :]
+    return (2 * picture - 1)[:, :, None].expand(-1, -1, 3, -1, -1).contiguous(), actions
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("who", ["edm", "plain"])
+def test_each_peer_learns_a_square_and_listens_to_its_commands(edm, plain, who):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    if who == "edm":
+        net = edm.EdmUNet(edm.EdmConfig(2, channels=(32, 64), depth=1))
+        steps, frames, lr = 500, 6, 1e-3
+    else:
+        config = plain.PlainConfig(2, channels=3, side=16, width=96, depth=3, window=8)
+        net, steps, frames, lr = plain.PlainDiT(config), 900, 8, 2e-3
+    optimizer = torch.optim.AdamW(net.parameters(), lr)
+    for step in range(steps):
+        pictures, actions = squares(16, frames, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50, 3 * (1 - step / steps))
+        loss = net.loss(pictures, actions)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    pictures, actions = squares(24, 10, generator)
+    known, future, truth = pictures[:, :5], actions[:, 4:9], pictures[:, 5:]
+
+    def error(commands):
+        noise = torch.Generator().manual_seed(1)
+        return float((net.rollout(known, actions[:, :4], commands, noise) - truth).square().mean())
+
+    held = float((known[:, -1:] - truth).square().mean())
+    assert error(future) < 0.5 * held
+    assert error(future.roll(1, 0)) > 2 * error(future)
