@@ -71,6 +71,7 @@ def conditional(
     at_least: float = 0.0,
     adapt: bool = True,
     workers: int = 1,
+    frames: int | None = None,
 ) -> Conditional:
     """Draw `n` hidden values, weighted so that they are draws given frames 0 to k - 1.
 
@@ -79,13 +80,16 @@ def conditional(
     come from the prior, as do more while half of them agree with what was seen; then weights are likelihoods.
     Otherwise later draws are looked for where earlier ones agree, and those that weigh less than a millionth
     of the heaviest one are not played to their end and not returned. Without `adapt` all come from the prior.
+    `frames` is the length of the outcomes, the episode's by default; weights alone need no more than `k`.
 
-    Raises ConfigError for impossible `k`, `n` and `workers`, DataError when the draws are worth fewer than
-    `at_least` equal ones; warns when they are worth fewer than ten.
+    Raises ConfigError for impossible `k`, `n`, `workers` and `frames`, DataError when the draws are worth
+    fewer than `at_least` equal ones; warns when they are worth fewer than ten.
     """
-    if not 1 <= k <= episode.config.frames or n < 1 or workers < 1:
-        expected = f"k 1..{episode.config.frames}, n and workers >= 1"
-        raise ConfigError("conditional", got=f"k {k}, n {n}, workers {workers}", expected=expected)
+    last = episode.config.frames if frames is None else frames
+    if not 1 <= k <= last <= episode.config.frames or n < 1 or workers < 1:
+        expected = f"k 1..{episode.config.frames}, frames from k on, n and workers >= 1"
+        got = f"k {k}, frames {last}, n {n}, workers {workers}"
+        raise ConfigError("conditional", got=got, expected=expected)
     if proprio_noise is not None and not proprio_noise > 0:
         raise ConfigError("proprio_noise", got=proprio_noise, expected="a positive share, or None")
     effect = effect_of(episode.kind, episode.config.frames)
@@ -112,7 +116,7 @@ def conditional(
         weights_N = np.exp(found.log_weights_N - found.log_weights_N.max())
         kept = np.flatnonzero(weights_N > (LEAST_WEIGHT if found.adapted else -1))
         hidden = [hidden[index] for index in kept]
-        runs = [runs[index] for index in kept] if k == episode.config.frames else run_all(hidden, None)
+        runs = [runs[index] for index in kept] if k == last else run_all(hidden, last)
 
     columns = {name: np.array([run.outcomes_T[name] for run in runs]) for name in runs[0].outcomes_T}
     result = Conditional(tuple(hidden), weights_N[kept] / weights_N[kept].sum(), columns)
