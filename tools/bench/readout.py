@@ -29,7 +29,7 @@ from vidworld.errors import ConfigError
 from vidworld.evaluation.lab_frames import LabFrames, load_frames, open_datasets, scene
 from vidworld.evaluation.lab_truth import Truth, read_truth
 from vidworld.evaluation.quantities import SUBJECTS
-from vidworld.evaluation.readout import WEIGHTS, Readings, Readout, load_readout
+from vidworld.evaluation.readout import WEIGHTS, Readings, Readout, load_readout, readout_folder
 from vidworld.evaluation.readout_errors import measure
 from vidworld.evaluation.readout_picture import OUTLINED, edges, tint
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         rows |= kind_rows(kind, measure(readout, frames), len(np.unique(frames.first_N)))
         rows |= blurred_rows(readout, frames)
     rows["readout.frames_per_s"] = (round(reading_speed(readout), 1), "frames/s/core")
-    rows["readout.mb"] = (round((options.readout / WEIGHTS).stat().st_size / 1e6, 2), "MB")
+    rows["readout.mb"] = (round((readout_folder(options.readout) / WEIGHTS).stat().st_size / 1e6, 2), "MB")
     if options.picture is not None:
         media.write_bytes(
             options.picture, media.encode_jpeg(sheet(readout, datasets, options.picture_episode))

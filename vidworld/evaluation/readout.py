@@ -31,9 +31,12 @@ from vidworld.evaluation.quantities import SUBJECTS, Subject, subject_of
 from vidworld.evaluation.readout_net import ReadoutConfig, ReadoutNet
 from vidworld.files import write_atomic
 from vidworld.tokenizers.weights import check_architecture
+from vidworld.world.shipped import FOLDER
 
 SCHEMA_VERSION = 1
 CARD = "readout.json"
+SHIPPED = "lab"
+"""Name of the readout that comes with the package: trained on 2,000 true episodes of every kind."""
 WEIGHTS = "readout.safetensors"
 PICTURES_AT_ONCE = 128
 
@@ -223,9 +226,18 @@ def save_readout(readout: Readout, directory: Path | str) -> str:
     return card["digest"]
 
 
+def readout_folder(directory: Path | str) -> Path:
+    """The folder of a readout: the package's for its name, unless there is one of that name here."""
+    here = Path(directory)
+    return FOLDER / f"{SHIPPED}_readout" if str(here) == SHIPPED and not (here / CARD).exists() else here
+
+
 def load_readout(directory: Path | str, device: torch.device | str = "cpu") -> Readout:
-    """Open a readout's folder. Raises CheckpointError when it is missing, damaged, or of other quantities."""
-    directory = Path(directory)
+    """Open a readout's folder, or `lab`, the one that comes with the package.
+
+    Raises CheckpointError when it is missing, damaged, or of other quantities.
+    """
+    directory = readout_folder(directory)
     path = directory / CARD
     try:
         card = json.loads(path.read_bytes())

@@ -27,7 +27,7 @@ from vidworld.evaluation.grounding import VIDEO_SUFFIXES
 from vidworld.evaluation.lab_frames import open_datasets, scene, view_of
 from vidworld.evaluation.lab_truth import Truth, has_truth, kind_of, read_truth
 from vidworld.evaluation.quantities import subject_of
-from vidworld.evaluation.readout import CARD, Readout, load_readout, save_readout
+from vidworld.evaluation.readout import CARD, Readout, load_readout, readout_folder, save_readout
 from vidworld.evaluation.readout_errors import blunt
 from vidworld.evaluation.readout_training import ReadoutTraining, train_readout
 from vidworld.files import require_local, url_of
@@ -171,7 +171,7 @@ def _apply(arguments: Sequence[str], prog: str) -> None:
         record = read_clips(readout, clips(options), folder)
         record["readout"] = {
             "path": str(options.readout),
-            "digest": json.loads((options.readout / CARD).read_text())["digest"],
+            "digest": json.loads((readout_folder(options.readout) / CARD).read_text())["digest"],
             "held_out_errors": {kind: readout.errors[kind] for kind in record["kinds"]},
             "too_blunt": {kind: blunt(readout.errors[kind]) for kind in record["kinds"]},
         }
