@@ -126,7 +126,7 @@ def test_it_is_applied_loudly_and_can_be_left_out(run, world, capsys):
     loaded = load(run, "cpu")
     assert "calibrated by" in (said := capsys.readouterr().err)
     assert "x1.10 to x1.20" in said
-    assert loaded.calibration == Calibration.read(run) == wanted
+    assert loaded.calibration == Calibration.read(str(run)) == wanted
     assert loaded.spec.sampler.noise_scale == wanted.noise_scale
     assert loaded.spec.digest == world.spec.digest
     plain = load(run, "cpu", calibrated=False)

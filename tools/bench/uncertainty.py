@@ -34,7 +34,7 @@ import uncertainty_ood as ood
 from table import add_rows, cpu_name
 from uncertainty_calibration import Kind, calibrate_kind, event_rows, kind_rows
 from uncertainty_container import Futures, Mass, Narrowing, compare_futures, narrow_spread, probe_mass
-from uncertainty_truth import KIND, Pool, Truth, TruthConfig, fitting, load_truth
+from uncertainty_truth import KIND, QUANTITIES, Pool, Truth, TruthConfig, fitting, load_truth
 from uncertainty_worlds import Imaginer, Ruler, Window, read_windows
 
 from vidworld.config import parse
@@ -268,6 +268,8 @@ def measure_container(
     """Futures before contact, and how their spread narrows."""
     config, ruler = bench.options.truth, bench.ruler
     assert ruler is not None
+    if bad := [name for name in QUANTITIES if name not in ruler.names(KIND)]:
+        print(f"warning: by its own card the readout is too blunt for {', '.join(bad)}", flush=True)
     imaginer = bench.imaginer()
     futures = compare_futures(pairs, imaginer, ruler, config, bench.late("futures"))
     bench.add(futures.rows())

@@ -171,6 +171,8 @@ class Pool:
 
     def __init__(self, cache: Path, config: TruthConfig, workers: int) -> None:
         self.cache, self.config = cache, config
+        # Processes are the parallelism: threads in them would only fight. This one has its threads already.
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         # Spawned, not forked: a fork of a process with CUDA or threads may hang.
         self._pool = concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=multiprocessing.get_context("spawn")

@@ -101,11 +101,11 @@ class Calibration:
         """Whether it was made with this way of sampling."""
         return all(self.sampler.get(name) == getattr(sampler, name) for name in SAMPLING)
 
-    def write(self, directory: Path) -> Path:
+    def write(self, directory: Path | str) -> Path:
         """Write `calibration.json` atomically, with a digest of its content, and return its path."""
         content = {"schema_version": SCHEMA_VERSION, **to_mapping(self)}
         content["digest"] = digest(content)
-        path = directory / FILE_NAME
+        path = Path(directory) / FILE_NAME
         try:
             write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
         except OSError as error:
@@ -113,9 +113,9 @@ class Calibration:
         return path
 
     @classmethod
-    def read(cls, directory: Path) -> "Calibration":
+    def read(cls, directory: Path | str) -> "Calibration":
         """Read `calibration.json`; raises CheckpointError when it is missing, damaged or altered."""
-        path = directory / FILE_NAME
+        path = Path(directory) / FILE_NAME
         content = read_json(path, fix="make it with vidworld calibrate")
         if content.get("schema_version") != SCHEMA_VERSION:
             raise CheckpointError(
