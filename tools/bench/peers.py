@@ -164,7 +164,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         minutes = options.minutes + (options.tokenizer_minutes if who == "edm" else 0)
         if is_trained(bench, who, minutes):
             continue
-        if not bench.has(60 * minutes + 30, f"training {who}"):
+        if not bench.has(60 * minutes + (30 if corpus else 90), f"training {who}"):
             return
         corpus = corpus or peers_data.corpus(
             datasets,
