@@ -47,6 +47,7 @@ def test_a_world_that_knows_the_truth_has_neither_error_nor_decay(bench: ModuleT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_imagined_histories_lower_drift(bench: ModuleType) -> None:
     """With noisy context in training and rollout, as is the default; two seeds, 8 times the clip length."""
     found = {
