@@ -55,7 +55,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
     if options.rows is not None:
         rows = {}
         for name, values in found.items():
-            text = f"mean square over that without a spot, mean of {len(values)} seeds"
+            share = ", over that without a spot" if ".spot." in name else ""
+            text = f"mean square{share}, mean of {len(values)} seeds"
             if len(values) > 1:
                 text += f", standard deviation {statistics.stdev(values):.2g}"
             rows[name] = (float(f"{statistics.fmean(values):.4g}"), text)
