@@ -19,7 +19,7 @@ from vidworld.model.dit import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.store import save_tokenizer
-from vidworld.trainer.config import absolute, read_training
+from vidworld.trainer.config import WorldTraining, absolute, read_training
 from vidworld.world import shipped
 from vidworld.world.build import build
 from vidworld.world.spec import SamplerConfig, WorldSpec
@@ -105,22 +105,37 @@ def test_a_world_that_comes_along_is_tuned_and_shown_before_and_after(shipped_wo
             (folder / "metrics.json").write_text(json.dumps({"summary": summary}))
 
     monkeypatch.setattr(demo, "run_command", run)
-    demo.main(["--out", str(out), "--tune-minutes", "0.5"], "vidworld demo")
+    demo.main(["--out", str(out), "--tune", "--tune-minutes", "0.5"], "vidworld demo")
     commands = ["rollout", "lab", "train", "rollout", "eval", "rollout", "eval"]
     assert [words[0] for words in asked] == commands
     assert [words[1] for words in asked if words[0] == "eval"] == ["lab", str(out / "world")]
     before, after = (words for words in asked if words[0] == "eval")
     assert before[2:-1] == after[2:-1]  # the same windows
     training = read_training(out / "world.yaml")
+    assert isinstance(training, WorldTraining)
     assert training.objective.kind == "energy"
     assert training.model.width == 32
-    assert absolute(training).init == shipped_world
+    resolved = absolute(training)
+    assert isinstance(resolved, WorldTraining)
+    assert resolved.init == shipped_world
     record = json.loads((out / "demo.json").read_text())
     assert (record["before"]["psnr.f16"], record["after"]["psnr.f16"]) == (20.0, 23.0)
     assert media.read_image(out / "before_after.png").shape[2] == 3
     asked.clear()
-    demo.main(["--out", str(tmp_path / "other"), "--from-scratch"], "vidworld demo")
-    assert [words[0] for words in asked][:2] == ["lab", "inspect"]
+    demo.main(["--out", str(tmp_path / "other")], "vidworld demo")
+    assert [words[0] for words in asked][:3] == ["rollout", "lab", "inspect"]
+
+
+def test_tuning_is_refused_where_it_cannot_be(shipped_world, tmp_path, capsys, monkeypatch):
+    def refused(*words):
+        assert cli.run(["demo", "--out", str(tmp_path / "demo"), "--tune", *words, "--overwrite"]) == 2
+        return capsys.readouterr().err
+
+    assert "--data too" in refused("--data", str(demo.SAMPLE))
+    monkeypatch.setattr(demo, "_no_lab", lambda: "no headless OpenGL")
+    assert "no headless OpenGL" in refused()
+    (shipped_world / "world.json").unlink()
+    assert "no world in this copy" in refused()
 
 
 @pytest.mark.slow
@@ -130,7 +145,7 @@ def test_demo_runs_end_to_end(tmp_path, capsys, monkeypatch):
     small = ["--tokenizer-minutes", "0.1", "--world-minutes", "0.2", "--frames", "8"]
     assert cli.run(["demo", "--out", str(out), *small]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("$ vidworld") == 6
+    assert printed.count("$ vidworld") == 6 + shipped.is_here("lab")
     assert "report.html" in printed
     record = json.loads((out / "demo.json").read_text())
     assert record["state"] == "done"

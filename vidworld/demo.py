@@ -1,7 +1,7 @@
 """`vidworld demo`: logs to shards to tokenizer to world model to rollouts to a report, on a laptop's CPU.
 
-Where a trained world comes with the package, and no logs are given, that one is fine-tuned instead
-(`vidworld.demo_tune`).
+Where a trained world comes with the package it is rolled out first; `--tune` fine-tunes that one in place of
+training anew (`vidworld.demo_tune`).
 The robot logs are made by the lab where it can draw, and are a small set that comes with vidworld where it
 cannot. This only calls what the other commands call, with settings that fit two cores and a few minutes.
 """
@@ -45,10 +45,10 @@ class DemoOptions:
     """WIDTHxHEIGHT that your logs are converted to."""
     episodes: int = 240
     """Simulated episodes, or the most that are taken from your logs."""
-    from_scratch: bool = False
-    """Train everything anew, even where a trained world comes along."""
+    tune: bool = False
+    """Fine-tune the world that comes along, under a camera that is new to it, in place of training anew."""
     tune_minutes: float = 4.0
-    """Of fine-tuning the one that comes along."""
+    """Of that."""
     tokenizer_minutes: float = 1.6
     world_minutes: float = 5.7
     frames: int = 24
@@ -62,14 +62,18 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld demo`: prints each step as the command that does it, and does it."""
     options = parse(DemoOptions, arguments, prog=prog)
     began = time.monotonic()
+    if options.tune:
+        _require_tunable(options)
     _claim(options)
-    if options.data is None and not options.from_scratch and is_here("lab") and _no_lab() is None:
+    if options.tune:
         from vidworld.demo_tune import tune
 
         record = tune(options.out, options.tune_minutes, do)
         finished = {"state": "done", "minutes": round((time.monotonic() - began) / 60, 2), **record}
         (options.out / MARK).write_text(json.dumps(finished, indent=1) + "\n")
         return
+    if options.data is None and is_here("lab"):
+        do("rollout", "lab", "--context", 16, "--frames", 40, "--samples", 2, "--out", options.out / "lab")
     data = _dataset(options)
     episode = _held_out(Manifest.read(data), options)
     _write_configs(options, data)
@@ -86,6 +90,18 @@ def main(arguments: Sequence[str], prog: str) -> None:
     horizon = ("--context", CONTEXT, "--frames", options.frames)
     do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
     _finish(options, json.loads((report / "metrics.json").read_text()), (time.monotonic() - began) / 60)
+
+
+def _require_tunable(options: DemoOptions) -> None:
+    """Refuse `--tune` where there is nothing to tune, or nothing to tune it on."""
+    if options.data is not None:
+        raise ConfigError(
+            "--tune", got="--data too", expected="one of them", fix="train on your logs without it"
+        )
+    if not is_here("lab"):
+        raise ConfigError("--tune", got="no world in this copy of vidworld", expected="one that comes along")
+    if reason := _no_lab():
+        raise ConfigError("--tune", got=reason, expected="a lab that can draw")
 
 
 def _held_out(manifest: Manifest, options: DemoOptions) -> str:
@@ -209,9 +225,17 @@ def _finish(options: DemoOptions, metrics: Mapping[str, Any], minutes: float) ->
         f"  error with wrong actions over error with true ones:    {summary['shuffle_ratio']:.2f}x\n"
         f"  report   {options.out / 'report' / 'report.html'}\n"
         f"  clips    {options.out / 'rollout' / 'grid.mp4'}, {options.out / 'sweep' / 'grid.mp4'}\n"
+        f"{_shipped(options)}"
         "Next:\n"
         "  make demo DATA=<your logs>                    the same on your robot\n"
+        "  vidworld demo --tune --out outputs/tuned      fine-tune the world that comes along\n"
         "  vidworld lab smoke --out data/smoke           more to learn: smoke, paint, liquids; docs/lab.md\n"
         f"  vidworld train {options.out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
         f"  vidworld.load('{options.out / 'world'}') in Python: see docs/simulator.md"
     )
+
+
+def _shipped(options: DemoOptions) -> str:
+    """Where the rollout of the world that comes along is, if there is one."""
+    clip = options.out / "lab" / "grid.mp4"
+    return f"  and of the world that comes along: {clip}\n" if clip.exists() else ""

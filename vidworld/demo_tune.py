@@ -1,4 +1,4 @@
-"""The demo where a trained world comes with the package: roll it out, fine-tune it, roll it out again.
+"""`vidworld demo --tune`: roll out the world that comes with the package, fine-tune it, roll it out again.
 
 The lab makes episodes under a camera and a light that the world has not seen (`--variety one`). The same
 held-out windows are measured before and after, with the same noise.
@@ -105,7 +105,6 @@ def report(out: Path, summaries: dict[str, dict[str, float]]) -> None:
         f"  reports  {out / 'report-before' / 'report.html'}, {out / 'report-after' / 'report.html'}\n"
         "Next:\n"
         "  make demo DATA=<your logs>          a world of your robot, from scratch\n"
-        "  vidworld demo --from-scratch        the same on the lab's robot\n"
         f"  vidworld train {out / 'world.yaml'} --out runs/longer --loop.minutes 60\n"
         "  vidworld rollout lab --help         smoke, paint, liquids: vidworld/weights/lab/prompts"
     )
