@@ -103,7 +103,8 @@ def make_task(case: Case, *, residual: Literal["float32", "autocast"] = "float32
     torch.manual_seed(0)
     model = CausalDiT(replace(case.model, residual=residual), frame_shape(case.channels, case.side))
     for block in model.blocks:  # gates that are zero would leave half of the gradients zero
-        nn.init.normal_(block.modulation.weight, std=0.02)  # type: ignore[union-attr]
+        for weight in (p for p in block.modulation.parameters() if p.ndim == 2):  # type: ignore[union-attr]
+            nn.init.normal_(weight, std=0.02)
     return WorldTask(model, Normalizer([contract_of()]), ObjectiveConfig())
 
 

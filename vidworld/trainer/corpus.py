@@ -1,11 +1,13 @@
 """The data of a run, one dataset or a mixture: opened, encoded, held out, and described to the world."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vidworld.contract import ActionContract
 from vidworld.data.mixture import Mixture, layout_of
@@ -22,6 +24,8 @@ from vidworld.world.spec import SamplerConfig, WorldSpec
 Corpus = ShardDataset | Mixture
 
 STATISTICS_EPISODES, STATISTICS_FRAMES = 64, 32
+MOST_PROCESSES = 8
+"""That encode side by side before a training."""
 
 
 def open_corpus(training: Training, kind: str | None = None) -> Corpus:
@@ -155,10 +159,16 @@ def latent_folders(corpus: Corpus, out: Path) -> dict[str, Path]:
 
 
 def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, out: Path) -> None:
-    """Make the latents of video datasets, once; see `encode_dataset`."""
+    """Make the latents of video datasets, once; see `encode_dataset`. In several processes on a GPU."""
+    processes = 1
+    if isinstance(tokenizer, nn.Module) and next(tokenizer.parameters()).device.type == "cuda":
+        # Decoding video is what it waits for, and a process decodes on one core.
+        processes = min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
     for label, dataset in named_datasets(corpus).items():
         if dataset.manifest.kind == "video":
-            encode_dataset(dataset.directory, tokenizer, latent_folders(corpus, out)[label])
+            encode_dataset(
+                dataset.directory, tokenizer, latent_folders(corpus, out)[label], processes=processes
+            )
 
 
 def open_latents(corpus: Corpus, out: Path) -> Corpus:
