@@ -1,11 +1,12 @@
 """Measure imagined camera frames per second: the plain world and the engine, side by side in one run.
 
     python tools/bench/rollout.py --device cuda --budget-s 540      # what GPUs are steered by
-    python tools/bench/rollout.py --cases 12x384.b1.k1 --threads 2  # the flagship's size on a CPU
+    python tools/bench/rollout.py --cases lab.b1.k1         # the world that comes along, on one core
 
-Weights are random: speed does not depend on them. Every row is written as soon as it is measured. A frame is
-denoised and committed; rows ending in `.decoded` also make its pixels, nothing is encoded. The window is full
-from the first measured frame on, and the first rollout of each (compilation, capture) is not measured.
+Weights are random but for `lab`: speed does not depend on them. Every row is written as soon as it is
+measured. A frame is denoised and committed; rows ending in `.decoded` also make its pixels, nothing is
+encoded. The window is full from the first measured frame on, and the first rollout of each (compilation,
+capture) is not measured.
 """
 
 import statistics
@@ -32,6 +33,7 @@ from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.world.build import build
 from vidworld.world.engine import RolloutEngine
+from vidworld.world.load import load
 from vidworld.world.noise_ahead import NoiseAhead
 from vidworld.world.prompt import Prompt
 from vidworld.world.spec import SamplerConfig, WorldSpec
@@ -48,6 +50,8 @@ SIZES: dict[str, tuple[DiTConfig, int]] = {
 }
 """Network and pixels on a side; a patch of latents is 16 x 16 pixels, so 256 and 64 patches a frame."""
 
+SHIPPED = "lab"
+"""The world that comes with the package, in place of a size."""
 GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "16x512.b1.k4", "12x384.b1.k1")
 CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
 
@@ -86,8 +90,10 @@ class Case:
     def parse(cls, text: str) -> "Case":
         """From SIZE.bBATCH.kSTEPS; raises ConfigError."""
         size, *rest = text.split(".")
-        if size not in SIZES or len(rest) != 2 or rest[0][:1] != "b" or rest[1][:1] != "k":
-            raise ConfigError("--cases", got=text, expected=f"SIZE.bBATCH.kSTEPS, SIZE of {', '.join(SIZES)}")
+        if size not in (*SIZES, SHIPPED) or len(rest) != 2 or rest[0][:1] != "b" or rest[1][:1] != "k":
+            raise ConfigError(
+                "--cases", got=text, expected=f"SIZE.bBATCH.kSTEPS, SIZE of {', '.join((*SIZES, SHIPPED))}"
+            )
         return cls(size, int(rest[0][1:]), int(rest[1][1:]))
 
     @property
@@ -139,11 +145,13 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def measure(case: Case, options: Options, rows: Rows, limits: Machine) -> None:
     """All variants of one case."""
     gpu = options.device == "cuda"
-    world = make_world(*SIZES[case.size], options)
+    shipped = case.size == SHIPPED
+    world = load(SHIPPED, options.device) if shipped else make_world(*SIZES[case.size], options)
     spec = world.spec
     sampler = replace(spec.sampler, steps=case.steps)
     state = world.reset(full_prompt(spec, sampler), num_samples=case.batch, sampler=sampler)
-    actions = np.zeros((options.frames, len(spec.contracts[0].action)), np.float32)
+    middle_A = np.array(spec.contracts[0].action_statistics.mean, np.float32)
+    actions = np.tile(middle_A, (options.frames, 1))
     kind = "fps" if gpu else "cpu_fps"
     unit = (
         f"frames/s; commit in, decode and encode out, window {sampler.window} full, "
@@ -169,6 +177,8 @@ def measure(case: Case, options: Options, rows: Rows, limits: Machine) -> None:
             if variant != "plain" and not decoded and per_s > best:
                 best = per_s
                 rows.add(f"rollout.{kind}.{case.name}", best, unit)
+            if shipped and variant == "engine" and decoded:
+                rows.add(f"rollout.{kind}.flagship", per_s, what)
         print(f"{variant}: {time.monotonic() - began:.0f} s with warming up")
         if isinstance(run, RolloutEngine):
             unit_of = "of 255: mean difference of pixels over 8 frames, to plain"
