@@ -282,3 +282,19 @@ def test_true_ensembles_are_made_kept_and_read(bench, recorded, tmp_path):
     assert late > 3 * early
     assert found.spread_KQ[0].sum() > 2 * found.spread_KQ[1].sum(), "what was seen narrows it"
     assert (found.target_low_Q <= found.target_high_Q).all()
+
+
+def test_a_truth_that_few_draws_tell_is_left_out(parts):
+    container, worlds, truth, config = parts
+    pairs, centre = pairs_of(worlds, truth, config, count=3)
+    for number, (_, one) in enumerate(pairs):
+        one.effective_K[-1] = 1.2
+        one.effective_K[1] = 50.0 if number else 2.0
+        one.spread_KQ[1] *= 1 if number else 1000
+    found = container.narrow_spread(
+        pairs, Sampler(worlds, centre), Drawn(), config, np.zeros((9, 4)), lambda: False
+    )
+    assert np.isnan(found.truth_KQ[-1]).all()
+    assert np.isnan(found.world_KQ[-1]).all(), "of the same episodes"
+    np.testing.assert_allclose(found.truth_KQ[1], 0.05)
+    assert found.outside == {}

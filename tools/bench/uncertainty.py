@@ -20,6 +20,7 @@ them ahead). Rows are written as soon as they are measured; figures go to --figu
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -131,7 +132,11 @@ class Bench:
         """Print and save figures."""
         for name, (value, unit) in rows.items():
             print(f"{name:<52} {value:9.4g}  {unit}", flush=True)
-        kept = {name: (float(f"{value:.4g}"), unit) for name, (value, unit) in rows.items()}
+        kept = {
+            name: (float(f"{value:.4g}"), unit)
+            for name, (value, unit) in rows.items()
+            if math.isfinite(value)  # too few episodes tell some figures nothing
+        }
         add_rows(self.options.out, kept, device=self.device, command=self.command, packages=("torch",))
 
     def late(self, part: Part) -> Callable[[], bool]:

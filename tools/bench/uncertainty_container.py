@@ -20,6 +20,8 @@ from vidworld.evaluation.verification import energy_test, rank_test, ranks
 
 SPACING = 4
 """Leads between the frames that a probe sees."""
+FEW = 5
+"""Effective draws below which a truth after contact is not told."""
 MARGIN = 0.05
 """Of the width of a support: as far beyond the range of the draws that tell it is not yet outside."""
 Late = Callable[[], bool]
@@ -219,7 +221,7 @@ def narrow_spread(
             readings = ruler.read(imagined.video_MTHWC, "container", window.frames_THWC[0])
             values_MQ = ruler.values(readings, QUANTITIES)[:, 0]
             of_context.append(values_MQ.var(0, ddof=1))
-            if context == config.contexts[-1]:
+            if context == config.contexts[-1] and truth.effective_K[-1] >= FEW:
                 edges = np.stack([truth.target_low_Q, truth.target_high_Q]) + bias_Q
                 strange.append(outside(values_MQ, edges, tolerance_Q + MARGIN * np.ptp(edges, axis=0)))
         variance.append(np.array(of_context))
@@ -227,12 +229,12 @@ def narrow_spread(
             break
     kept = config.contexts[: len(variance)]
     # Spreads that few effective draws tell are left out, of the same episodes in both.
-    usable = np.array([truth.effective_K[: len(kept)] >= 5 for _, truth in pairs])
-    usable = usable if usable.any(0).all() else np.ones_like(usable)
+    usable = np.array([truth.effective_K[: len(kept)] >= FEW for _, truth in pairs])
     truth_WKQ = np.array([truth.spread_KQ[: len(kept)] for _, truth in pairs])
 
     def rms(square_WQ: np.ndarray, number: int) -> np.ndarray:
-        return np.sqrt(square_WQ[usable[:, number]].mean(0))
+        told_WQ = square_WQ[usable[:, number]]
+        return np.sqrt(told_WQ.mean(0)) if len(told_WQ) else np.full(square_WQ.shape[1], np.nan)
 
     uniform_outside = [
         outside(
@@ -241,10 +243,13 @@ def narrow_spread(
             tolerance_Q + MARGIN * (truth.target_high_Q - truth.target_low_Q),
         )
         for _, truth in pairs
+        if truth.effective_K[-1] >= FEW
     ]
-    shares = {"uniform": float(np.mean(uniform_outside))}
-    if strange:
-        shares["world"] = float(np.mean(strange))
+    shares = {
+        name: float(np.mean(found))
+        for name, found in (("uniform", uniform_outside), ("world", strange))
+        if found
+    }
     return Narrowing(
         kept,
         np.stack([rms(row, number) for number, row in enumerate(variance)]),
