@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.distributed import ReduceOp, Work
@@ -17,18 +17,17 @@ from vidworld.errors import ConfigError
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class StopRequest:
-    """Turns the first SIGTERM, SIGINT or SIGUSR1 into a flag that the loop reads between steps.
+class Catcher:
+    """Catches SIGTERM, SIGINT and SIGUSR1 within a `with`; subclasses say what follows from one.
 
-    A second SIGINT interrupts at once, as usual. Outside the main thread no handler can be set, and nothing
-    is caught.
+    Outside the main thread no handler can be set, and nothing is caught.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
         return self
@@ -38,9 +37,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+
+class StopRequest(Catcher):
+    """Turns the first signal into a flag that the loop reads between steps.
+
+    A second SIGINT interrupts at once, as usual.
+    """
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        super()._catch(number, frame)
 
 
 class Clock:

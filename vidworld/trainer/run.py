@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vidworld.config import to_yaml
@@ -66,21 +66,16 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
     Raises ConfigError when it has been trained in and neither `resume` nor `overwrite` is given, when it
     holds something else, or when another process trains there.
     """
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite", fix="give one of them")
-    with _locked(run):
+    require_free(run, resume=resume, overwrite=overwrite)
+    busy = ConfigError("another process trains in this run", where=run, fix="wait for it")
+    with locked(run / LOCK, run, lambda handle: busy):
         directory = RunDirectory(run)
         others = [path.name for path in run.iterdir() if path.name not in NOT_OURS]
         if not (run / CONFIG).is_file() and others:
             raise ConfigError(
                 "--out holds other files than a run's", got=run, fix="choose a new or empty directory"
             )
-        if (run / CONFIG).is_file() and not (resume or overwrite):
-            raise ConfigError(
-                "run that is here already",
-                where=run,
-                fix="pass --resume to go on, --overwrite to train it anew, or another --out",
-            )
+        require_free(run, resume=resume, overwrite=overwrite)  # it may have come meanwhile
         directory.put_aside(WRITTEN if overwrite else (CONFIG,))
         temporary = run / f".{CONFIG}.tmp"
         temporary.write_text(to_yaml(training))
@@ -91,6 +86,18 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
             if not directory.begun:
                 directory.restore(new=overwrite or not others)
             raise
+
+
+def require_free(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run that is here already, unless it is said what to do with it, before anything starts."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite", fix="give one of them")
+    if (run / CONFIG).is_file() and not (resume or overwrite):
+        raise ConfigError(
+            "run that is here already",
+            where=run,
+            fix="pass --resume to go on, --overwrite to train it anew, or another --out",
+        )
 
 
 def has_begun(run: Path) -> bool:
@@ -118,18 +125,21 @@ def _give_back(run: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """An advisory lock that a killed process lets go by itself."""
+def locked(path: Path, run: Path, busy: Callable[[int], ConfigError]) -> Iterator[int]:
+    """An advisory lock that a killed process lets go by itself; gives the open lock file.
+
+    Raises what `busy` makes of the lock file when another process holds it.
+    """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError("cannot write to the run directory", where=run, got=error.strerror) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError("another process trains in this run", where=run, fix="wait for it") from None
-        yield
+            raise busy(handle) from None
+        yield handle
     finally:
         os.close(handle)

@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Protocol
 
 from vidworld.errors import ConfigError, DivergedError, PreemptedError, UserError, VidworldError
 from vidworld.trainer.checkpoint import newest_step
-from vidworld.trainer.control import SIGNALS
+from vidworld.trainer.control import Catcher
 from vidworld.trainer.run import has_begun
 
 PATIENCE = 3
@@ -141,22 +141,12 @@ class StoppedError(VidworldError):
     """Asked to stop, and nothing new was saved: exit code 1, though the run can go on from what it has."""
 
 
-class _Forwarding:
+class _Forwarding(Catcher):
     """Passes the signals that end a training on to the one that runs now."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        super().__init__()
         self._process: Process | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Forwarding":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def to(self, process: Process) -> Iterator[None]:
@@ -169,8 +159,8 @@ class _Forwarding:
         finally:
             self._process = None
 
-    def _catch(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number)
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        super()._catch(number, frame)
         if self._process is not None:
             self._process.send_signal(number)
 

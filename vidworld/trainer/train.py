@@ -86,16 +86,7 @@ class WorldOptions(RunOptions):
 
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld train`."""
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            parse(WorldOptions, arguments, prog=f"{prog} CONFIG.yaml")
-        raise ConfigError("first argument", fix=f"give a YAML or a run: {prog} CONFIG.yaml [--out RUN] ...")
-    path = Path(arguments[0])
-    is_run = (path / CONFIG).is_file()
-    if path.is_dir() and not is_run:
-        raise ConfigError("run to go on with", got=path, expected=f"a directory with {CONFIG}")
-    training = read_training(path / CONFIG if is_run else path)
-    out = path if is_run else None
+    path, out, training = named_training(arguments, prog, WorldOptions, "[--out RUN] ...")
     match training:
         case TokenizerTraining():
             default = TokenizerOptions(config=path, out=out, training=training)
@@ -110,6 +101,24 @@ def main(arguments: Sequence[str], prog: str) -> None:
     train(options.training, run, resume=options.resume, overwrite=options.overwrite)
     if _rank() == 0:
         print(f"{run}: done; {_next_command(options.training, run)}")
+
+
+def named_training(
+    arguments: Sequence[str], prog: str, options: type, usage: str
+) -> tuple[Path, Path | None, Training]:
+    """The first argument (a YAML, or a run), the run directory if it is one, and the training that it holds.
+
+    With --help instead, prints that of `options` and leaves. Raises ConfigError when it is neither.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            parse(options, arguments, prog=f"{prog} CONFIG.yaml")
+        raise ConfigError("first argument", fix=f"give a YAML or a run: {prog} CONFIG.yaml {usage}")
+    path = Path(arguments[0])
+    is_run = (path / CONFIG).is_file()
+    if path.is_dir() and not is_run:
+        raise ConfigError("run to go on with", got=path, expected=f"a directory with {CONFIG}")
+    return path, path if is_run else None, read_training(path / CONFIG if is_run else path)
 
 
 def train(

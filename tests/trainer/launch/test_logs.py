@@ -8,7 +8,8 @@ import pytest
 
 from vidworld.errors import ConfigError
 from vidworld.trainer.config import read_training
-from vidworld.trainer.launch.logs import AttemptFolder, only_launch, require_free
+from vidworld.trainer.launch.logs import AttemptFolder, only_launch
+from vidworld.trainer.run import require_free
 
 
 def test_attempts_are_numbered(tmp_path: Path, toy_config: Path) -> None:

@@ -13,14 +13,13 @@ import tyro
 from vidworld.config import digest, parse
 from vidworld.errors import ConfigError
 from vidworld.files import require_local
-from vidworld.trainer.config import TokenizerTraining, Training, WorldTraining, absolute, read_training
+from vidworld.trainer.config import TokenizerTraining, Training, WorldTraining, absolute
 from vidworld.trainer.launch import kubernetes, slurm
 from vidworld.trainer.launch.hosts import Host, choose_hosts, passed_on, processes_per_node
-from vidworld.trainer.launch.logs import require_free
 from vidworld.trainer.launch.run import Launch
 from vidworld.trainer.launch.settings import LaunchConfig
-from vidworld.trainer.run import CONFIG, has_begun
-from vidworld.trainer.train import RunOptions
+from vidworld.trainer.run import has_begun, require_free
+from vidworld.trainer.train import RunOptions, named_training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,6 @@ class LaunchWorld(LaunchOptions):
 
 def main(arguments: Sequence[str], prog: str) -> None:
     """The command `vidworld launch`."""
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            parse(LaunchWorld, arguments, prog=f"{prog} CONFIG.yaml")
-        raise ConfigError("first argument", fix=f"give a YAML or a run: {prog} CONFIG.yaml --nodes N ...")
     options, training, run = read_options(arguments, prog)
     launch = options.launch
     match launch.launcher:
@@ -70,12 +65,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 def read_options(arguments: Sequence[str], prog: str) -> tuple[LaunchOptions, Training, Path]:
     """Settings of the launch and of the training, and the run directory; paths are absolute."""
-    path = Path(arguments[0])
-    is_run = (path / CONFIG).is_file()
-    if path.is_dir() and not is_run:
-        raise ConfigError("run to go on with", got=path, expected=f"a directory with {CONFIG}")
-    training = read_training(path / CONFIG if is_run else path)
-    out = path if is_run else None
+    path, out, training = named_training(arguments, prog, LaunchWorld, "--nodes N ...")
     match training:
         case TokenizerTraining():
             options = parse(

@@ -1,7 +1,6 @@
 """`RUN/logs`: one folder for each attempt, and the lock that keeps two launches apart."""
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -15,10 +14,9 @@ from vidworld.config import to_yaml
 from vidworld.errors import ConfigError
 from vidworld.files import write_atomic
 from vidworld.trainer.config import Training
-from vidworld.trainer.run import CONFIG
+from vidworld.trainer.run import CONFIG, LOCK, locked
 
 FOLDER = "logs"
-LOCK = ".lock"
 TOKEN = "token"
 
 
@@ -59,45 +57,27 @@ class AttemptFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def require_free(run: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a run that is here already, unless it is said what to do with it, before anything starts."""
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite", fix="give one of them")
-    if (run / CONFIG).is_file() and not (resume or overwrite):
-        raise ConfigError(
-            "run that is here already",
-            where=run,
-            fix="pass --resume to go on, --overwrite to train it anew, or another --out",
-        )
-
-
 @contextlib.contextmanager
 def only_launch(run: Path) -> Iterator[None]:
     """Hold a run against other launches; a launcher that was killed lets go by itself."""
     folder = run / FOLDER
     new = not run.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError("cannot write to the run directory", where=run, got=error.strerror) from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 1000).decode(errors="replace").strip() or "unknown"
-            raise ConfigError(
-                "another launch is at work in this run",
-                where=run,
-                got=holder,
-                fix="wait for it, end it, or give another --out",
-            ) from None
+
+    def held(handle: int) -> ConfigError:
+        return ConfigError(
+            "another launch is at work in this run",
+            where=run,
+            got=os.read(handle, 1000).decode(errors="replace").strip() or "unknown",
+            fix="wait for it, end it, or give another --out",
+        )
+
+    with locked(folder / LOCK, run, held) as handle:
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
-        yield
-    finally:
-        if new and {path.name for path in run.iterdir()} == {FOLDER}:
-            with contextlib.suppress(OSError):  # logs of an attempt stay, and then their folder
-                if [path.name for path in folder.iterdir()] == [LOCK]:
-                    shutil.rmtree(run)
-        os.close(handle)
+        try:
+            yield
+        finally:
+            if new and {path.name for path in run.iterdir()} == {FOLDER}:
+                with contextlib.suppress(OSError):  # logs of an attempt stay, and then their folder
+                    if [path.name for path in folder.iterdir()] == [LOCK]:
+                        shutil.rmtree(run)
