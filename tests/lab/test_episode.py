@@ -19,8 +19,8 @@ SMALL = LabConfig(frames=40, size=64)
 SCRIPTED = dataclasses.replace(SMALL, frames=64, exploration=0.0)
 
 
-def bytes_of(kind: str, seed: int) -> str:
-    episode = generate(kind, seed, LabConfig(frames=24, size=64))
+def bytes_of(kind: str, seed: int, frames: int = 24) -> str:
+    episode = generate(kind, seed, LabConfig(frames=frames, size=64))
     parts = (episode.frames_THWC, episode.actions_TA, episode.proprio_TS, *episode.masks_THW.values())
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
@@ -35,6 +35,66 @@ def test_equal_bytes_in_another_process_and_after_other_episodes(kind):
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.split()[-1] == bytes_of(kind, 2)
     assert bytes_of(kind, 2) != bytes_of(kind, 3)
+
+
+@needs_gl
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kind", "seed", "frames"), [("smoke", 2, 20), ("smoke", 1, 20), ("liquid", 0, 36)])
+def test_flows_are_equal_bytes_in_other_processes(kind, seed, frames):
+    """Smoke of a pot and a wand, and a pour: with other episodes before, and other counts of threads."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests/lab'); from test_episode import bytes_of; "
+        f"sys.argv[1:] and bytes_of({kind!r}, 7, 5); print(bytes_of({kind!r}, {seed}, {frames}))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, *before],
+            env={**os.environ, "OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for before, threads in (([], "1"), (["after another"], "2"))
+    }
+    assert said == {bytes_of(kind, seed, frames)}
+    assert bytes_of(kind, seed + 1, frames) not in said
+
+
+RENDERED = """
+import sys, numpy as np
+from vidworld.lab.episode import LabConfig, generate
+kind, frames, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+made = generate(kind, 0, LabConfig(frames=frames, size=128, exploration=0.0))
+readouts = np.array([column for _, column in sorted(made.outcomes_T.items())])
+np.savez(out, pixels=made.frames_THWC, actions=made.actions_TA, proprio=made.proprio_TS, readouts=readouts)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not all(map(gl.loads, gl.LIBRARIES)), reason="needs both OSMesa and EGL")
+@pytest.mark.parametrize(
+    ("kind", "frames"), [("rigid", 30), ("container", 30), ("smoke", 16), ("liquid", 36)]
+)
+def test_a_gpu_draws_what_software_draws(tmp_path, kind, frames):
+    """Physics to the bit; pixels to the bit from one process to another, and nearly so between renderers."""
+    made = {}
+    plain = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
+    for name, back_end in (("egl", "egl"), ("again", "egl"), ("osmesa", "osmesa")):
+        out = tmp_path / f"{name}.npz"
+        command = [sys.executable, "-c", RENDERED, kind, str(frames), str(out)]
+        subprocess.run(command, env={**plain, "MUJOCO_GL": back_end}, check=True)
+        made[name] = dict(np.load(out))
+    for part, values in made["egl"].items():
+        np.testing.assert_array_equal(values, made["again"][part], part)
+        if part != "pixels":
+            np.testing.assert_array_equal(values, made["osmesa"][part], part)
+    pixels, software = (made[name]["pixels"].astype(int) for name in ("egl", "osmesa"))
+    apart = np.abs(pixels - software)
+    assert apart.mean() < 1.5, "levels of 255"
+    assert (apart > 24).mean() < 0.01, "edges of shadows may fall on the next pixel"
+    # Negative control: one frame later is another picture.
+    assert np.abs(pixels[1:] - software[:-1]).mean() > apart.mean()
 
 
 @pytest.mark.skipif(not all(map(gl.loads, gl.LIBRARIES)), reason="needs both OSMesa and EGL")

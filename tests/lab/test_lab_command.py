@@ -36,6 +36,21 @@ def test_shards_are_the_same_bytes_whatever_the_workers(tmp_path, capsys):
 
 
 @needs_gl
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kind", "frames"), [("smoke", "12"), ("liquid", "36")])
+def test_flows_are_the_same_bytes_whatever_the_workers(tmp_path, capsys, kind, frames):
+    small = ["--episodes", "3", "--frames", frames, "--size", "64", "--exploration", "0"]
+    for workers in ("1", "2", "3"):
+        out = str(tmp_path / workers)
+        assert cli.run(["lab", kind, *small, "--workers", workers, "--out", out]) == 0
+    one, two, three = (shard_bytes(tmp_path / workers) for workers in ("1", "2", "3"))
+    assert one == two == three
+    assert len(one) >= 2
+    capsys.readouterr()
+
+
+@needs_gl
 def test_the_truth_travels_in_the_outcome(tmp_path):
     import tarfile
 

@@ -154,6 +154,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_random_times_two_hundred(tmp_path: Path) -> None:
     kill_at_random_times(tmp_path, 200)
 

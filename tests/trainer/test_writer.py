@@ -208,6 +208,7 @@ def test_killed_at_every_point_of_a_background_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_point_two_hundred_times(tmp_path: Path) -> None:
     assert killed_saves(tmp_path, 23 * len(POINTS)) >= 200
 
