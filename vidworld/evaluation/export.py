@@ -21,7 +21,7 @@ from vidworld.quantize import Precision, compress
 from vidworld.tokenizers.conv import ConvTokenizer
 from vidworld.tokenizers.store import copy_tokenizer, has_weights, save_tokenizer
 from vidworld.world.ensemble import Ensemble
-from vidworld.world.load import ENSEMBLE, ENSEMBLE_VERSION, Files, find, load, members
+from vidworld.world.load import ENSEMBLE, ENSEMBLE_VERSION, Files, find, load, members, open_world
 from vidworld.world.shipped import prompts_of
 from vidworld.world.world import WorldModel
 
@@ -93,7 +93,11 @@ def export(
     """
     paths = members(runs)
     files = find(paths[0])
-    world = load(paths, "cpu", embodiment=embodiment)
+    # Members that share a network stay in it: they are small beside it.
+    alone = len(paths) == 1
+    world = (
+        open_world(paths[0], embodiment=embodiment) if alone else load(paths, "cpu", embodiment=embodiment)
+    )
     if prompts := prompts or prompts_of(files.tokenizer.parent):
         _copy_prompts(world, prompts, folder / PROMPTS)
     tokenizer_digest = world.spec.tokenizer_digest

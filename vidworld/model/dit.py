@@ -10,16 +10,15 @@ their length, H query heads, h key-value heads, d head dims.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from vidworld.errors import ConfigError
-from vidworld.model.attention import Backend, Choice, attend, choose_attention, prepare_mask, resolve_backend
+from vidworld.model.attention import Backend, Choice, choose_attention, prepare_mask, resolve_backend
 from vidworld.model.cache import KeyValue, KVCache
 from vidworld.model.embed import (
     ActionEmbedding,
@@ -31,8 +30,8 @@ from vidworld.model.embed import (
 )
 from vidworld.model.embodiments import used_latents, used_tokens
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
-from vidworld.model.rectangles import StreamSizes
-from vidworld.model.rope import Rotation, axial_rotation, rotate
+from vidworld.model.layers import Axis, SelfAttention, SwiGLU
+from vidworld.model.rope import Rotation, axial_rotation
 from vidworld.model.sequence import SequenceGroup, frames_of, gather_frames, to_all_frames, to_all_tokens
 from vidworld.types import Frames, SignalLevel
 
@@ -58,6 +57,11 @@ class DiTConfig:
     half of the weights of a model."""
     noise_dims: int = 0
     """Size of the noise that selects one joint future of a frame (energy-score models); 0 for none."""
+    members: int = field(default=0, metadata={"omit_default": True})
+    """Members of an ensemble that share this network, each with a change of low rank to every matrix of the
+    blocks; clips of a batch are theirs in turn. Loaded, it is an ensemble of so many worlds."""
+    member_rank: int = field(default=8, metadata={"omit_default": True})
+    """Rank of a member's changes."""
     attention: Backend = "auto"
     """How attention is computed; what does not run here warns and falls back to sdpa."""
     residual: Literal["float32", "autocast"] = field(default="float32", metadata={"omit_default": True})
@@ -66,7 +70,13 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
-        least = dict.fromkeys(counts, 1) | {"num_registers": 0, "noise_dims": 0, "modulation_rank": 0}
+        least = dict.fromkeys(counts, 1) | {
+            "num_registers": 0,
+            "noise_dims": 0,
+            "modulation_rank": 0,
+            "members": 0,
+        }
+        least["member_rank"] = 1
         self._hold({name: (getattr(self, name) >= low, f"at least {low}") for name, low in least.items()})
         self._hold(
             {
@@ -79,6 +89,7 @@ class DiTConfig:
                     self.num_heads % self.num_kv_heads == 0,
                     f"a divisor of num_heads = {self.num_heads}",
                 ),
+                "members": (self.members != 1, "0, or 2 and more"),
                 "depth": (self.depth >= self.time_every, f"at least time_every = {self.time_every}"),
             }
         )
@@ -103,60 +114,6 @@ class DiTConfig:
     def attends_time(self, layer: int) -> bool:
         """Whether block `layer` has time attention: the last of every `time_every`."""
         return (layer + 1) % self.time_every == 0
-
-
-class Axis(NamedTuple):
-    """How one axis is attended: rotations of queries and keys, who sees whom, and by which backend."""
-
-    query: Rotation
-    key: Rotation
-    mask: Tensor | BlockMask | StreamSizes | None
-    backend: Backend
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, over one axis and an optional past."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.query_scale_d = nn.Parameter(torch.ones(config.head_dim))
-        self.key_scale_d = nn.Parameter(torch.ones(config.head_dim))
-
-    def forward(self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d]."""
-        q_GHnd, new = self.project(x_GnD)
-        k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
-        mixed_GHnd = attend(
-            rotate(q_GHnd, axis.query), rotate(k_Ghnd, axis.key), v_Ghnd, axis.mask, axis.backend
-        )
-        return self.join_heads(mixed_GHnd), new
-
-    def project(self, x_GnD: Tensor) -> tuple[Tensor, KeyValue]:
-        """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
-        heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_GHnd, k_Ghnd, v_Ghnd = heads.split(self.heads, dim=1)
-        return _rms_norm(q_GHnd, self.query_scale_d), KeyValue(_rms_norm(k_Ghnd, self.key_scale_d), v_Ghnd)
-
-    def join_heads(self, mixed_GHnd: Tensor) -> Tensor:
-        """What the heads found, as tokens [G, n, D]."""
-        return self.out(mixed_GHnd.transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """The gated MLP of arXiv 2002.05202, eq. 6."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp_hidden, bias=False)
-        self.down = nn.Linear(config.mlp_hidden, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -186,6 +143,7 @@ class Block(nn.Module):
         time: Axis,
         past: KeyValue | None = None,
         commit: bool = False,
+        member_B: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue | None]:
         """Returns the tokens and, from a block with time attention if `commit`, its new keys and values."""
         batch, frames, tokens, _ = x_BTND.shape
@@ -193,7 +151,7 @@ class Block(nn.Module):
 
         shift, scale, gate = parts[:3]
         h_GnD = modulate(x_BTND, shift, scale).flatten(0, 1)
-        h_GnD, _ = self.space(h_GnD, space)
+        h_GnD, _ = self.space(h_GnD, space, member_B=member_B)
         x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, frames))
 
         new = None
@@ -205,7 +163,7 @@ class Block(nn.Module):
             h_GnD = h_BTND.transpose(1, 2).flatten(0, 1)
             if past is not None:
                 past = KeyValue(past.key.flatten(0, 1), past.value.flatten(0, 1))
-            h_GnD, new = self.time(h_GnD, time, past)
+            h_GnD, new = self.time(h_GnD, time, past, member_B)
             h_BTND = h_GnD.unflatten(0, (batch, -1)).transpose(1, 2)
             if self.sequence is not None:
                 h_BTND = to_all_tokens(h_BTND, tokens, self.sequence)
@@ -213,7 +171,7 @@ class Block(nn.Module):
             new = KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new)) if commit else None
 
         shift, scale, gate = parts[-3:]
-        return x_BTND + gate * self.mlp(modulate(x_BTND, shift, scale)), new
+        return x_BTND + gate * self.mlp(modulate(x_BTND, shift, scale), member_B), new
 
     def modulate_by(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate [B, T, 1, D] of space attention, of time attention if any, and of the MLP."""
@@ -324,7 +282,8 @@ class CausalDiT(nn.Module):
         past = iter(() if cache is None else cache.layers)
         for block in self.blocks:
             of_block = next(past, None) if block.time is not None else None
-            x_BTND, new = self._run(block, x_BTND, condition_BTD, space, time, of_block, commit)
+            given = (x_BTND, condition_BTD, space, time, of_block, commit, conditioning.member_B)
+            x_BTND, new = self._run(block, *given)
             if new is not None:
                 committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
 
@@ -410,11 +369,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def modulate(x_BTND: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
     """Normalise without weights of its own, then scale and shift by the frame's condition."""
     return F.rms_norm(x_BTND, x_BTND.shape[-1:]) * (1 + scale_BT1D) + shift_BT1D
-
-
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return (F.rms_norm(x, x.shape[-1:]) * weight).to(x.dtype)
-
-
-def _join_time(past_Ghnd: Tensor, new_Ghnd: Tensor) -> Tensor:
-    return torch.cat([past_Ghnd, new_Ghnd], dim=2)

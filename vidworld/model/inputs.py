@@ -129,11 +129,15 @@ class Conditioning:
     """Index of the embodiment, int64."""
     noise_BTX: Tensor | None = None
     """Normal noise that selects one joint future of a frame; None means zeros."""
+    member_B: Tensor | None = None
+    """Which member each row is of, int64, where several share the network; None for the trunk alone."""
 
     def __getitem__(self, rows: Any) -> "Conditioning":
         """A subset of the batch."""
-        noise = None if self.noise_BTX is None else self.noise_BTX[rows]
-        return Conditioning(self.actions_BTkA[rows], self.keep_BT[rows], self.embodiment_B[rows], noise)
+        noise, member = (None if one is None else one[rows] for one in (self.noise_BTX, self.member_B))
+        return Conditioning(
+            self.actions_BTkA[rows], self.keep_BT[rows], self.embodiment_B[rows], noise, member
+        )
 
     def frames(self, index: slice) -> "Conditioning":
         """A range of frames of every row."""

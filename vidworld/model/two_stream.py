@@ -5,6 +5,7 @@ frame denoised by `cached_predictor` sees the same frames as `ingest` committed 
 numbers, so what is trained is what is rolled out. Shapes: B batch, T frames, M target streams.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -65,9 +66,7 @@ def ingest(
     cache: KVCache | None = None,
 ) -> KVCache:
     """Commit known frames, at the signal level they are given at, behind those in the cache."""
-    conditioning = Conditioning(
-        conditioning.actions_BTkA, conditioning.keep_BT, conditioning.embodiment_B, noise_BTX=None
-    )
+    conditioning = replace(conditioning, noise_BTX=None)
     _, cache = model(
         frames,
         level,
@@ -106,4 +105,5 @@ def _tile(conditioning: Conditioning, num_targets: int) -> Conditioning:
         conditioning.keep_BT.repeat(1, copies),
         conditioning.embodiment_B,
         noise,
+        conditioning.member_B,
     )

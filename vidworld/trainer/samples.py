@@ -5,6 +5,7 @@ All with the averaged weights, on batches and episodes that stay the same, so th
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from vidworld import media
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import VidworldError
+from vidworld.model.merge import first_member
 from vidworld.tokenizers.base import Tokenizer, to_pixels
 from vidworld.trainer.config import LookConfig
 from vidworld.trainer.loop import noise_generator
@@ -129,7 +131,7 @@ class FaithfulnessAlarm:
             batch = task.widened(batch.to(device))
             with self.autocast():
                 found = action_faithfulness(
-                    task.net,
+                    first_member(task.net),
                     task.normalizer,
                     task.clean(batch),
                     batch.actions_BTA,
@@ -173,7 +175,8 @@ class WorldSamples:
     def __call__(self, step: int, task: WorldTask) -> Mapping[str, Any]:
         """Writes `samples/step-<step>-<key>.mp4` and gives "sample_psnr", the mean over imagined frames."""
         # Straight from the trained parts: only the weights differ from look to look.
-        world = WorldModel(self.whole, task.net, task.normalizer, self.tokenizer)
+        spec = replace(self.whole, model=replace(self.whole.model, members=0))
+        world = WorldModel(spec, first_member(task.net), task.normalizer, self.tokenizer)
         if self.whole.layouts:
             world = narrow(world, self.names)
         psnrs = []

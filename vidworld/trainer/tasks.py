@@ -199,7 +199,12 @@ class WorldTask(Task[CausalDiT]):
         batch = self.widened(batch)
         actions_BTA = self.normalizer.actions(batch.actions_BTA.float(), batch.embodiment_B)
         actions_BTkA, keep_BT = chunk_actions(actions_BTA, self.net.shape.actions_per_frame)
-        return Conditioning(actions_BTkA, keep_BT, batch.embodiment_B)
+        return Conditioning(actions_BTkA, keep_BT, batch.embodiment_B, member_B=self._members(keep_BT))
+
+    def _members(self, keep_BT: Tensor) -> Tensor | None:
+        """Whose each row is: the members of a shared network take clips in turn."""
+        count = self.net.config.members
+        return torch.arange(len(keep_BT), device=keep_BT.device) % count if count else None
 
     def conditioning(self, batch: Batch, generator: torch.Generator) -> Conditioning:
         """Actions that lead into each frame, some hidden: of single frames, and of whole clips."""

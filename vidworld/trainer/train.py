@@ -5,19 +5,19 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from vidworld.config import parse, to_mapping
 from vidworld.data.loader import make_loader
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.files import require_local
 from vidworld.model.embodiments import carry_over
+from vidworld.model.merge import with_members
 from vidworld.model.sequence import sequence_groups
 from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
@@ -209,7 +209,11 @@ def _train_world(
     spec = world_spec(training, corpus, tokenizer, known)
     world = build(spec, tokenizer)
     if training.init is not None and known is not None:
-        adapt = partial(carry_over, before=known.robots, after=spec.robots)
+        before = known.robots
+
+        def adapt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            return with_members(carry_over(weights, before, spec.robots), world.model)
+
         load_weights(world.model, find(training.init).weights, adapt=adapt)
     task = WorldTask(
         world.model,

@@ -1,6 +1,7 @@
 """Put a world together from its spec, and fill it with weights."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from vidworld.errors import CheckpointError
 from vidworld.model.dit import CausalDiT
 from vidworld.model.embodiments import carry_over
+from vidworld.model.merge import merge_member
 from vidworld.model.normalizer import Normalizer
 from vidworld.quantize import restore
 from vidworld.tokenizers.base import Tokenizer
@@ -69,6 +71,15 @@ def narrow(world: WorldModel, names: Sequence[str]) -> WorldModel:
     narrowed = WorldModel(spec, model, normalizer, world.tokenizer, autocast=world.autocast)
     narrowed.calibration = world.calibration
     return narrowed.train(world.training)
+
+
+def merged(world: WorldModel, member: int) -> WorldModel:
+    """One member of a world whose members share a network, as a world of its own."""
+    spec = replace(world.spec, model=replace(world.spec.model, members=0))
+    model = merge_member(world.model, member)
+    alone = WorldModel(spec, model, world.normalizer, world.tokenizer, autocast=world.autocast)
+    alone.calibration = world.calibration
+    return alone.train(world.training)
 
 
 def load_weights(model: nn.Module, path: Path, *, adapt: Callable[[Weights], Weights] | None = None) -> None:

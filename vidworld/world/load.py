@@ -12,7 +12,7 @@ import torch
 
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.tokenizers.store import load_tokenizer
-from vidworld.world.build import build, load_weights, narrow
+from vidworld.world.build import build, load_weights, merged, narrow
 from vidworld.world.calibration import FILE_NAME as FILE_OF_CALIBRATION
 from vidworld.world.calibration import Calibration
 from vidworld.world.ensemble import Ensemble
@@ -67,10 +67,22 @@ def load(
     """
     chosen = usable_device(device)
     paths = members(path)
-    if len(paths) > 1:
-        options: dict[str, Any] = {"autocast": autocast, "embodiment": embodiment, "calibrated": calibrated}
-        return Ensemble([load(one, chosen, **options) for one in paths], paths)
-    files = find(paths[0])
+    options: dict[str, Any] = {"embodiment": embodiment, "calibrated": calibrated}
+    found: list[WorldModel] = []
+    names: list[str] = []
+    for one in paths:
+        world = open_world(one, autocast=autocast, **options).to(chosen)
+        count = world.spec.model.members
+        found += [merged(world, member) for member in range(count)] if count else [world]
+        names += [f"{one}, member {member}" for member in range(count)] if count else [str(one)]
+    return Ensemble(found, names) if len(found) > 1 else found[0]
+
+
+def open_world(
+    path: Path | str, *, autocast: bool = True, embodiment: str | None = None, calibrated: bool = True
+) -> WorldModel:
+    """One run or export as it was trained, on the CPU: members that share a network are left in it."""
+    files = find(path)
     spec = WorldSpec.read(files.directory)
     weights_sha256 = verify(files.weights)
     calibration = None
@@ -83,7 +95,7 @@ def load(
     world.calibration = calibration
     if embodiment is not None:
         world = narrow(world, [embodiment])
-    return world.to(chosen)
+    return world
 
 
 def apply_calibration(

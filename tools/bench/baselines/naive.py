@@ -18,15 +18,18 @@ from torch import Tensor
 
 from vidworld.model.attention import dense_mask
 from vidworld.model.cache import KeyValue
-from vidworld.model.dit import Axis, Block, CausalDiT, SelfAttention
+from vidworld.model.dit import Axis, Block, CausalDiT
 from vidworld.model.inputs import FrameCausal, Streams
+from vidworld.model.layers import SelfAttention
 from vidworld.model.rope import Rotation
 
 
 class NaiveAttention(SelfAttention):
     """Attention with a dense mask, heads repeated."""
 
-    def forward(self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None) -> tuple[Tensor, Any]:
+    def forward(
+        self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None, member_B: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.heads, dim=1)
         q = turn(norm(q) * self.query_scale_d, axis.query).to(v.dtype)
@@ -51,6 +54,7 @@ class NaiveBlock(Block):
         time: Axis,
         past: KeyValue | None = None,
         commit: bool = False,
+        member_B: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         assert past is None and not commit, "training only"  # noqa: PT018
         batch, frames, tokens, _ = x_BTND.shape

@@ -1,0 +1,87 @@
+"""Parts of a block: attention over one axis, and the gated MLP.
+
+Shapes: B batch, G sequences attended alone, n their length, D width, H query heads, h key-value heads, d head
+dims.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from vidworld.model.attention import Backend, attend
+from vidworld.model.cache import KeyValue
+from vidworld.model.members import MemberLinear
+from vidworld.model.rectangles import StreamSizes
+from vidworld.model.rope import Rotation, rotate
+
+if TYPE_CHECKING:
+    from vidworld.model.dit import DiTConfig
+
+
+class Axis(NamedTuple):
+    """How one axis is attended: rotations of queries and keys, who sees whom, and by which backend."""
+
+    query: Rotation
+    key: Rotation
+    mask: Tensor | BlockMask | StreamSizes | None
+    backend: Backend
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, over one axis and an optional past."""
+
+    def __init__(self, config: "DiTConfig") -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
+        self.qkv = MemberLinear(config.width, sum(self.heads) * config.head_dim, **members)
+        self.out = MemberLinear(config.width, config.width, **members)
+        self.query_scale_d = nn.Parameter(torch.ones(config.head_dim))
+        self.key_scale_d = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(
+        self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None, member_B: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d]."""
+        q_GHnd, new = self.project(x_GnD, member_B)
+        k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
+        mixed_GHnd = attend(
+            rotate(q_GHnd, axis.query), rotate(k_Ghnd, axis.key), v_Ghnd, axis.mask, axis.backend
+        )
+        return self.join_heads(mixed_GHnd, member_B), new
+
+    def project(self, x_GnD: Tensor, member_B: Tensor | None = None) -> tuple[Tensor, KeyValue]:
+        """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
+        heads = self.qkv(x_GnD, member_B).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_GHnd, k_Ghnd, v_Ghnd = heads.split(self.heads, dim=1)
+        return _rms_norm(q_GHnd, self.query_scale_d), KeyValue(_rms_norm(k_Ghnd, self.key_scale_d), v_Ghnd)
+
+    def join_heads(self, mixed_GHnd: Tensor, member_B: Tensor | None = None) -> Tensor:
+        """What the heads found, as tokens [G, n, D]."""
+        return self.out(mixed_GHnd.transpose(1, 2).flatten(2), member_B)
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of arXiv 2002.05202, eq. 6."""
+
+    def __init__(self, config: "DiTConfig") -> None:
+        super().__init__()
+        members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
+        self.gate_up = MemberLinear(config.width, 2 * config.mlp_hidden, **members)
+        self.down = MemberLinear(config.mlp_hidden, config.width, **members)
+
+    def forward(self, x: Tensor, member_B: Tensor | None = None) -> Tensor:
+        gate, up = self.gate_up(x, member_B).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, member_B)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return (F.rms_norm(x, x.shape[-1:]) * weight).to(x.dtype)
+
+
+def _join_time(past_Ghnd: Tensor, new_Ghnd: Tensor) -> Tensor:
+    return torch.cat([past_Ghnd, new_Ghnd], dim=2)

@@ -1,0 +1,37 @@
+"""One member of a shared network as a network of its own."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vidworld.model.dit import CausalDiT
+from vidworld.model.members import MemberLinear
+
+
+def merge_member(model: CausalDiT, member: int) -> CausalDiT:
+    """The network of one member, with its changes added to the trunk's matrices; nothing is shared."""
+    with torch.random.fork_rng(devices=[]):  # its first weights are thrown away, and must not move the stream
+        merged = CausalDiT(replace(model.config, members=0), model.shape)
+    weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    for name, part in model.named_modules():
+        if isinstance(part, MemberLinear) and part.members:
+            weights[f"{name}.weight"] = part.merged(member)
+            del weights[f"{name}.in_JrI"], weights[f"{name}.out_JOr"]
+    merged.load_state_dict(weights, assign=True)
+    return merged.to(next(model.parameters()).device).requires_grad_(False).train(model.training)
+
+
+def first_member(model: CausalDiT) -> CausalDiT:
+    """The first member of a shared network, or a network without members as it is."""
+    return merge_member(model, 0) if model.config.members else model
+
+
+def with_members(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tensor]:
+    """Weights of a network without members, with the fresh changes of a network that has some."""
+    fresh = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if name.endswith((".in_JrI", ".out_JOr")) and name not in weights
+    }
+    return weights | fresh
