@@ -6,8 +6,9 @@
 Weights are random: speed does not depend on them. A frame is one moment of all M x J futures, denoised,
 committed and decoded. Ways: `engine` (a `RolloutEngine`: each member's rows in turn, on a GPU all in one
 graph), `plain` (the differentiable world), `vmap` (the plain world with the members' weights stacked and
-`torch.func.vmap` over them), and `alone`, what as many rows cost an engine of one member. Every row is
-written as soon as it is measured. Before it is timed, `vmap` is held to what `plain` computes.
+`torch.func.vmap` over them), and `alone`, what as many rows cost an engine of one member. `training` is the
+time of a training step with members of low rank that share a network, over that without. Every row is written
+as soon as it is measured. Before it is timed, `vmap` is held to what `plain` computes.
 """
 
 import statistics
@@ -27,17 +28,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from vidworld.config import parse
+from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError, UserError
 from vidworld.model.cache import KeyValue, KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, Streams
-from vidworld.types import Frames, SignalLevel
+from vidworld.trainer.tasks import Moment, WorldTask
+from vidworld.types import Batch, Frames, SignalLevel
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.ensemble import Ensemble
 from vidworld.world.state import WorldState
 from vidworld.world.world import WorldModel
 
-Way = Literal["engine", "compiled", "plain", "vmap", "alone"]
+Way = Literal["engine", "compiled", "plain", "vmap", "alone", "training"]
 CLOSE = 2e-2
 """Difference of latents between `vmap` and `plain` over their size at most: rounding, bfloat16 on a GPU."""
 
@@ -53,11 +56,15 @@ class Options:
     steps: int = 1
     """Denoising steps a frame."""
     ways: tuple[Way, ...] = ()
-    """Default: engine, alone, plain, vmap; on a GPU also compiled."""
+    """Default: engine, alone, plain, vmap, training; on a GPU also compiled."""
     window: int = 16
     frames: int = 16
     """Frames of each measured rollout."""
     repeats: int = 3
+    batch: int = 8
+    """Clips of a training step, of `frames` frames."""
+    rank: int = 8
+    """Of members that share a network."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     budget_s: float = 540.0
@@ -160,11 +167,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
             found = {row: (round(value, 4), what)}
             add_rows(options.out, found, device=device, command=command, packages=("torch",))
 
-    default: tuple[Way, ...] = ("engine", "alone", "plain", "vmap")
+    default: tuple[Way, ...] = ("engine", "alone", "plain", "vmap", "training")
     best = 0.0
     for way in options.ways or ((*default, "compiled") if gpu else default):
         if time.monotonic() - began > options.budget_s:
             print(f"left out for want of time: {way}", flush=True)
+            continue
+        if way == "training":
+            train_cost(options, add)
             continue
         run = runner(way, ensemble, sampler, state, actions)
         per_s = options.frames / seconds(run, options)
@@ -204,7 +214,44 @@ def runner(
     raise ConfigError("--ways", got=way)
 
 
-@torch.no_grad()
+def train_cost(options: Options, add: Callable[[str, float, str], None]) -> None:
+    """Seconds of a training step (forward and backward) with members that share a network, and without."""
+    config, pixels = SIZES[options.size]
+    settings = rollout.Options(window=options.window, device=options.device)
+    taken = []
+    for members in (0, options.members):
+        shared = replace(config, members=members, member_rank=options.rank)
+        world = rollout.make_world(shared, pixels, settings)
+        task = WorldTask(world.model.requires_grad_(True), world.normalizer, ObjectiveConfig())
+        shape, device = world.spec.shape, world.device
+        size = (options.batch, options.frames)
+        batch = Batch(
+            ids=tuple(map(str, range(options.batch))),
+            actions_BTA=torch.zeros(*size, shape.action_dims, device=device),
+            proprio_BTS=torch.zeros(*size, shape.proprio_dims, device=device),
+            embodiment_B=torch.zeros(options.batch, dtype=torch.int64, device=device),
+            latents_BTVChw=torch.randn(
+                *size, shape.views, shape.channels, shape.height, shape.width, device=device
+            ),
+        )
+        generator = torch.Generator(device).manual_seed(0)
+
+        def step(task: WorldTask = task, batch: Batch = batch, generator: Any = generator) -> None:
+            with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+                loss = task(batch, generator, Moment(progress=0.0))["loss"]
+            loss.backward()
+            task.zero_grad()
+
+        taken.append(seconds(step, options))
+    kind = "" if options.device == "cuda" else "cpu_"
+    name = f"uncertainty.{kind}train_cost.j{options.members}.r{options.rank}.{options.size}"
+    add(
+        name,
+        taken[1] / taken[0],
+        f"time of a step over that without members; {options.batch} clips, not compiled",
+    )
+
+
 def seconds(run: Callable[[], object], options: Options) -> float:
     """Of a rollout, after one to warm up: median on a GPU; on a CPU the least CPU seconds a thread."""
     gpu = options.device == "cuda"

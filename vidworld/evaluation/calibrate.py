@@ -115,6 +115,14 @@ def main(arguments: Sequence[str], prog: str) -> None:
             "the run is calibrated already", where=files.directory / FILE_NAME, fix="pass --overwrite"
         )
     world = load(options.run, options.device, calibrated=False)
+    if world.num_members > 1:
+        raise ConfigError(
+            "world to calibrate",
+            where=options.run,
+            got=f"an ensemble of {world.num_members} members that share a network",
+            expected="one world",
+            fix="calibrate runs one by one, before they are an ensemble",
+        )
     found = replace(calibrate(world, options.data, options), weights_sha256=verify(files.weights))
     path = found.write(files.directory)
     print(_lines(found))

@@ -32,6 +32,7 @@ from vidworld.evaluation.tables import summarise
 from vidworld.evaluation.windows import Plan, Settings, chosen_half, plan_windows
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
+from vidworld.world.ensemble import Ensemble
 from vidworld.world.load import find, load, members
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
@@ -147,8 +148,10 @@ def _measure(
         study = measure(world, dataset, settings, plan=plan, progress=bar.update, engine=engine)
     drifted = {}
     if settings.drift is not None:
+        # One sample each: what a world alone does, also of an ensemble.
+        first = world.members[0] if isinstance(world, Ensemble) else world
         drifted = {
-            robot: drift(world, dataset, settings, plan.of(robot), settings.drift)
+            robot: drift(first, dataset, settings, plan.of(robot), settings.drift)
             for robot in plan.embodiments
         }
     seconds = time.perf_counter() - began
