@@ -27,7 +27,7 @@ class Options:
     """flagship-blind-key.json."""
     imagined: tuple[int, ...] = ()
     """Numbers of the clips that were taken for imagined; all others were taken for true."""
-    looked: str = "a person"
+    looked: str = "one viewer"
     """Who looked."""
     out: Path = Path("benchmarks/flagship.json")
 
