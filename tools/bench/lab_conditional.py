@@ -5,6 +5,7 @@
 For `container`: effective draws (Kish) of as many simulations, next to those of draws from the prior alone.
 """
 
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,8 +27,6 @@ class Options:
     draws: int = 400
     after: tuple[int, ...] = (3, 6, 12)
     """Frames that are seen after the first contact."""
-    prior: bool = True
-    """Measure draws from the prior too."""
     workers: int = 1
     out: Path = Path("benchmarks/lab.json")
     """Rows are added here."""
@@ -41,32 +40,25 @@ def main(arguments: Sequence[str], prog: str) -> None:
     from vidworld.lab.conditional import conditional
     from vidworld.lab.episode import LabConfig, generate
 
-    rows: dict[str, tuple[float, str]] = {}
+    asked = f"--seeds {' '.join(map(str, options.seeds))} --draws {options.draws}"
     warnings.simplefilter("ignore", UserWarning)
     for seed in options.seeds:
+        rows: dict[str, tuple[float, str]] = {}
         episode = generate("container", seed, LabConfig(size=64, exploration=0.0), render=False)
         contact = int(np.argmax(episode.outcomes_T["touched"] > 0))
-        for after in options.after:
+        for after, adapt in itertools.product(options.after, (True, False)):
             k = min(contact + after, episode.config.frames)
-            name = f"lab.effective.{episode.visible['task']}{seed}.a{after}"
-            found = conditional(episode, k, options.draws, workers=options.workers)
+            found = conditional(episode, k, options.draws, workers=options.workers, adapt=adapt)
+            name = f"lab.effective.{episode.visible['task']}{seed}.a{after}" + ("" if adapt else ".prior")
             rows[name] = (round(found.effective_draws, 1), f"of {options.draws} simulations")
             print(f"{name:<32} {rows[name][0]:8.1f}", flush=True)
-            if options.prior:
-                alone = conditional(episode, k, options.draws, workers=options.workers, adapt=False)
-                rows[f"{name}.prior"] = (
-                    round(alone.effective_draws, 1),
-                    f"of {options.draws} draws from the prior",
-                )
-                print(f"{name + '.prior':<32} {rows[f'{name}.prior'][0]:8.1f}", flush=True)
-    asked = f"--seeds {' '.join(map(str, options.seeds))} --draws {options.draws}"
-    add_rows(
-        options.out,
-        rows,
-        device=cpu_name(),
-        command=f"python tools/bench/lab_conditional.py {asked}",
-        packages=("mujoco", "numpy"),
-    )
+        add_rows(
+            options.out,
+            rows,
+            device=cpu_name(),
+            command=f"python tools/bench/lab_conditional.py {asked}",
+            packages=("mujoco", "numpy"),
+        )
 
 
 if __name__ == "__main__":
