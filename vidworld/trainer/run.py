@@ -66,7 +66,7 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
     Raises ConfigError when it has been trained in and neither `resume` nor `overwrite` is given, when it
     holds something else, or when another process trains there.
     """
-    require_free(run, resume=resume, overwrite=overwrite)
+    _one_of_them(resume, overwrite)
     busy = ConfigError("another process trains in this run", where=run, fix="wait for it")
     with locked(run / LOCK, run, lambda handle: busy):
         directory = RunDirectory(run)
@@ -75,7 +75,8 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
             raise ConfigError(
                 "--out holds other files than a run's", got=run, fix="choose a new or empty directory"
             )
-        require_free(run, resume=resume, overwrite=overwrite)  # it may have come meanwhile
+        # Now, when a killed start has given back what it had put aside.
+        require_free(run, resume=resume, overwrite=overwrite)
         directory.put_aside(WRITTEN if overwrite else (CONFIG,))
         temporary = run / f".{CONFIG}.tmp"
         temporary.write_text(to_yaml(training))
@@ -90,14 +91,18 @@ def open_run(run: Path, training: Training, *, resume: bool, overwrite: bool) ->
 
 def require_free(run: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a run that is here already, unless it is said what to do with it, before anything starts."""
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite", fix="give one of them")
+    _one_of_them(resume, overwrite)
     if (run / CONFIG).is_file() and not (resume or overwrite):
         raise ConfigError(
             "run that is here already",
             where=run,
             fix="pass --resume to go on, --overwrite to train it anew, or another --out",
         )
+
+
+def _one_of_them(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite", fix="give one of them")
 
 
 def has_begun(run: Path) -> bool:
