@@ -35,7 +35,9 @@ def main() -> None:
     moments = [muon.state[matrix]["momentum_buffer"] for matrix in matrices]
     found = {"weights": [m.detach() for m in matrices], "moments": moments, "done": sum(orthogonalised)}
     torch.save(found, os.path.join(out, f"{how}-{rank}.pt"))
-    dist.destroy_process_group()
+    dist.barrier()
+    # All is saved. Threads of gloo now and then abort a process that is on its way out.
+    os._exit(0)
 
 
 if __name__ == "__main__":
