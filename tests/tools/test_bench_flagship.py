@@ -105,7 +105,7 @@ def test_a_blind_look_is_scored(bench, tmp_path, capsys):
 
 
 def test_moving_pixels_are_those_that_truth_moves(bench):
-    flagship = bench("flagship")
+    flagship = bench("flagship_measures")
     last = np.full((16, 16, 3), 100, np.uint8)
     truth = np.repeat(last[None], 2, 0)
     truth[1, :4] = 200
