@@ -89,13 +89,14 @@ def test_another_device_or_length_is_no_comparison(peers, tmp_path):
 
 
 def test_the_last_batch_is_filled_and_cut(peers):
+    peers_measure = sys.modules["peers_measure"]
     sizes = []
 
     def roll(some, actions):
         sizes.append(len(some))
         return np.array([case * np.ones((2, 1, 1, 3)) for case in some])
 
-    found = peers.rolled(roll, [1, 2, 3, 4, 5], [None] * 5, 2)
+    found = peers_measure.rolled(roll, [1, 2, 3, 4, 5], [None] * 5, 2)
     assert sizes == [2, 2, 2]
     assert found[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
