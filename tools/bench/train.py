@@ -1,20 +1,22 @@
 """Measure training steps: tokens per second, utilisation, memory, where the time goes; ours against others.
 
     python tools/bench/train.py --device cuda --minutes 9            # all sizes, as far as the time allows
-    python tools/bench/train.py --device cuda --minutes 9 --sizes 24x1024 28x1536   # the large ones alone
+    python tools/bench/train.py --device cuda --minutes 9 --attention-minutes 0 --sizes 12x768 24x1024
     python tools/bench/train.py --sizes 4x64 --side 8 --frames 8 --rows 2           # a toy on a CPU
 
 Every variant trains the same weights on the same batches of noise, read from disk by the real loader, in one
 process. Utilisation counts against the GPU's 989 TFLOP/s (bfloat16, dense): visible query-key pairs only,
-modulation once a frame, no recomputation, before the bootstrap begins. Rows are written as soon as a size is
-done. AdamW everywhere but in `muon`, so that variants differ in one thing.
+modulation once a frame, no recomputation, before the bootstrap begins. Rows are written as soon as a variant
+is done; what the time did not allow is named at the end of its size. AdamW everywhere but in `muon`, so that
+variants differ in one thing. Kernels that one variant has compiled are found by the next in the compiler's
+cache on disk, also those of an earlier call.
 """
 
 import gc
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,7 @@ import torch
 from table import add_rows, cpu_name
 from train_attention import AttentionOptions, measure_attention
 from train_data import frame_shape, write_latents
+from train_forecast import Forecast
 from train_variants import Case, Marks, Stepper, Variant, build, leave_launch, release
 
 from vidworld.config import parse
@@ -64,8 +67,8 @@ class Options:
     sizes: tuple[str, ...] = tuple(SIZES)
     """LAYERSxWIDTH; others than the four get heads of 64 (or one) and `side`."""
     variants: tuple[Variant, ...] = (
-        *("ours", "naive", "naive_compiled", "bare", "zero1", "half_residual", "muon"),
-        *("zero3", "fsdp2", "zero2", "naive_full"),
+        *("ours", "bare", "zero1", "zero3", "fsdp2", "muon"),
+        *("naive_compiled", "naive", "half_residual", "zero2", "naive_full"),
     )
     """In this order, as far as the time allows."""
     minutes: float = 9.0
@@ -111,16 +114,18 @@ def main(arguments: Sequence[str], prog: str) -> None:
         torch.set_float32_matmul_precision("high")
     matmul = matmul_tflops(device)
     print(f"matrix product in this run: {matmul:.2f} TFLOP/s")
+    shown = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+
+    def write(rows: dict[str, tuple[float, str]]) -> None:
+        for key, (value, unit) in rows.items():
+            print(f"    {key:<48} {value:14.4f} {unit}", flush=True)
+        if rows and options.out is not None:
+            add_rows(options.out, rows, device=shown, command=command, packages=PACKAGES)
+
     failures = 0
     for number, name in enumerate(options.sizes):
         share = (ends - time.monotonic()) / (len(options.sizes) - number)
-        rows, failed = measure_size(name, options, device, matmul, time.monotonic() + share)
-        failures += failed
-        for key, (value, unit) in rows.items():
-            print(f"  {key:<48} {value:14.4f} {unit}")
-        if rows and options.out is not None:
-            shown = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-            add_rows(options.out, rows, device=shown, command=command, packages=PACKAGES)
+        failures += measure_size(name, options, device, matmul, time.monotonic() + share, write)
     if options.attention_minutes:
         left = options.minutes - (time.monotonic() - began) / 60
         toy = device.type == "cpu"
@@ -130,22 +135,32 @@ def main(arguments: Sequence[str], prog: str) -> None:
 
 
 def measure_size(
-    name: str, options: Options, device: torch.device, matmul: float, ends: float
-) -> tuple[dict[str, tuple[float, str]], int]:
-    """Rows of one size, of as many variants as fit before `ends`, and how many failed."""
-    found: dict[str, Measured] = {}
-    failures, expected_s = 0, 0.0
+    name: str,
+    options: Options,
+    device: torch.device,
+    matmul: float,
+    ends: float,
+    write: Callable[[dict[str, tuple[float, str]]], None],
+) -> int:
+    """Measure and write as many variants of a size as fit before `ends`; gives how many failed."""
+    found: dict[Variant, Measured] = {}
+    written: dict[str, tuple[float, str]] = {}
+    left_out: list[str] = []
+    failures, forecast = 0, Forecast()
     with tempfile.TemporaryDirectory(prefix="vidworld-bench-") as scratch:
         case = make_case(name, options, device, Path(scratch))
         print(
-            f"{name}: {case.rows} clips of {case.frames} frames, {tokens_per_step(case):,} tokens a step",
+            f"{name}: {case.rows} clips of {case.frames} frames, {tokens_per_step(case):,} tokens a step, "
+            f"{ends - time.monotonic():.0f} s for all variants",
             flush=True,
         )
         for variant in options.variants:
-            if time.monotonic() + expected_s > ends and found:
-                print(f"  {variant}: left out, the time of this size is over")
-                continue
             began = time.monotonic()
+            if began + forecast.seconds(variant) > ends and found:
+                left_out.append(
+                    f"{variant} (about {forecast.seconds(variant):.0f} s, {ends - began:.0f} left)"
+                )
+                continue
             try:
                 found[variant] = one = measure(case, variant, options)
             except Exception as error:
@@ -156,16 +171,19 @@ def measure_size(
                 )
                 recover()
                 continue
-            # What the first one compiled is in the compiler's cache for those that run the same blocks.
-            took = time.monotonic() - began
-            expected_s = took / 2 if len(found) == 1 else max(expected_s, took)
+            forecast.took_s[variant] = took = time.monotonic() - began
             speed = tokens_per_step(case, one.rows) / one.step_s
             print(
                 f"  {variant:<15} {1e3 * one.step_s:9.1f} ms {speed:12,.0f} tokens/s, {one.rows} clips, "
-                f"{one.memory_gib:.2f} GiB  ({time.monotonic() - began:.0f} s to measure)",
+                f"{one.memory_gib:.2f} GiB  ({took:.0f} s to measure)",
                 flush=True,
             )
-        return rows_of(case, found, matmul), failures
+            rows = rows_of(case, found, matmul)
+            write({key: row for key, row in rows.items() if key not in written})
+            written |= rows
+    if left_out:
+        print(f"  left out for want of time: {', '.join(left_out)}", flush=True)
+    return failures
 
 
 def make_case(name: str, options: Options, device: torch.device, scratch: Path) -> Case:
@@ -283,7 +301,7 @@ def timed_steps(case: Case, stepper: Stepper, options: Options) -> Measured:
     )
 
 
-def rows_of(case: Case, found: dict[str, Measured], matmul: float) -> dict[str, tuple[float, str]]:
+def rows_of(case: Case, found: Mapping[Any, Measured], matmul: float) -> dict[str, tuple[float, str]]:
     """Everything that is known of a size, by name."""
     kind = "train" if case.device.type == "cuda" else "train.cpu"
     with torch.device("meta"):

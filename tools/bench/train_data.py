@@ -13,8 +13,10 @@ from vidworld.model.inputs import FrameShape
 STRIDE = 8
 
 
-def write_latents(folder: Path, *, channels: int, side: int, episodes: int, frames: int) -> ShardDataset:
-    """A dataset of `episodes` episodes of one view."""
+def write_latents(
+    folder: Path, *, channels: int, side: int, episodes: int, frames: int, tokenizer: str = "noise"
+) -> ShardDataset:
+    """A dataset of `episodes` episodes of one view; `tokenizer` is the digest of what could read them."""
     rng = np.random.default_rng(0)
     contract = contract_of()
     (folder / "shards").mkdir(parents=True)
@@ -39,7 +41,7 @@ def write_latents(folder: Path, *, channels: int, side: int, episodes: int, fram
                 )
                 samples.append(Sample(key, frames, contract.embodiment, key))
         shards.append(Shard(name, writer.sha256, writer.bytes, split, tuple(samples)))
-    tokenizer = {"digest": "noise", "channels": channels, "spatial_stride": STRIDE, "time_stride": 1}
+    made_by = {"digest": tokenizer, "channels": channels, "spatial_stride": STRIDE, "time_stride": 1}
     Manifest(
         "latents",
         "noise",
@@ -49,7 +51,7 @@ def write_latents(folder: Path, *, channels: int, side: int, episodes: int, fram
         ("top",),
         (contract,),
         tuple(shards),
-        tokenizer=tokenizer,
+        tokenizer=made_by,
     ).write(folder)
     return ShardDataset.open(folder)
 
