@@ -3,8 +3,9 @@
 A matrix or kernel W [rows, ...] in int8 is q [rows, ...] and s [rows], with W about q * s and
 s = max |W| / 127 over the row (symmetric, per output channel: Nagel et al. 2021, arXiv 2106.08295, sec.
 2.2): an entry is off by s / 2 at most. What has one axis (norms, biases), and for int8 few rows or columns,
-is kept as it is: it is small, and matters. Restoring is one float32 product an entry, with the same bits
-everywhere.
+is kept as it is: it is small, and matters. Changes of members that share a network, stacks of thin matrices
+[J, ...], have a scale a member: they are small beside the weights that they change. Restoring is one float32
+product an entry, with the same bits everywhere.
 """
 
 import math
@@ -19,6 +20,8 @@ Precision = Literal["fp32", "bf16", "int8"]
 SCALE = ":scale"
 """Ends the name of the scales that belong to an int8 tensor."""
 LEVELS = 127
+MEMBER_CHANGES = (".in_JrI", ".out_JOr")
+"""End the names of what members add to the matrices that they share."""
 LEAST = 16
 """Fewer rows than this, or entries in a row, are kept as they are."""
 
@@ -39,7 +42,7 @@ def compress(weights: Mapping[str, Tensor], precision: Precision) -> dict[str, T
             case "bf16":
                 matrix = tensor.is_floating_point() and tensor.ndim > 1
                 compressed[name] = tensor.bfloat16() if matrix else tensor.clone()
-            case "int8" if not _worth_it(tensor):
+            case "int8" if not _worth_it(name, tensor):
                 compressed[name] = tensor.clone()
             case "int8":
                 compressed[name], compressed[name + SCALE] = _to_int8(tensor.float())
@@ -88,9 +91,11 @@ def relative_errors(weights: Mapping[str, Tensor], precision: Precision) -> dict
     }
 
 
-def _worth_it(tensor: Tensor) -> bool:
+def _worth_it(name: str, tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.ndim < 2:
         return False
+    if name.endswith(MEMBER_CHANGES):
+        return tensor[0].numel() >= LEAST * LEAST
     return min(len(tensor), math.prod(tensor.shape[1:])) >= LEAST
 
 

@@ -1,5 +1,6 @@
 """A small planar dataset and a run of an untrained world on it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from vidworld.lab.planar import PlanarConfig, PlanarSource
 from vidworld.model.dit import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
-from vidworld.tokenizers.store import save_tokenizer
+from vidworld.tokenizers.store import copy_tokenizer, load_tokenizer, save_tokenizer
 from vidworld.world.build import build
 from vidworld.world.spec import SamplerConfig, WorldSpec
 
@@ -56,6 +57,25 @@ def untrained_run(planar_data, tmp_path_factory) -> Path:
         torch.nn.init.normal_(parameter, std=max(parameter.shape[-1], 16) ** -0.5)
     spec.write(run)
     save_tokenizer(tokenizer, run / "tokenizer")
+    checkpoint = run / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    save_file(world.model.state_dict(), checkpoint / "ema.safetensors")
+    (run / "checkpoints" / "latest").write_text(checkpoint.name)
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_run(untrained_run, tmp_path_factory) -> Path:
+    """A run of three members that share a network, with one checkpoint of random weights."""
+    run = tmp_path_factory.mktemp("shared")
+    spec = WorldSpec.read(untrained_run)
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, members=3, member_rank=4))
+    torch.manual_seed(1)
+    world = build(spec, load_tokenizer(untrained_run / "tokenizer"))
+    for parameter in world.model.parameters():
+        torch.nn.init.normal_(parameter, std=max(parameter.shape[-1], 16) ** -0.5)
+    spec.write(run)
+    copy_tokenizer(untrained_run / "tokenizer", run / "tokenizer", with_weights=True)
     checkpoint = run / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     save_file(world.model.state_dict(), checkpoint / "ema.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vidworld.data.shards import EpisodeArrays
-from vidworld.errors import ConfigError
+from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.calibration import Verified, tally
 from vidworld.evaluation.oracle import OracleConfig, Recorded
 from vidworld.evaluation.readout import Readings
@@ -298,3 +298,49 @@ def test_a_truth_that_few_draws_tell_is_left_out(parts):
     assert np.isnan(found.world_KQ[-1]).all(), "of the same episodes"
     np.testing.assert_allclose(found.truth_KQ[1], 0.05)
     assert found.outside == {}
+
+
+def test_what_processes_kept_is_drawn_together(bench, tmp_path, capsys):
+    redraw, calibration = bench("uncertainty_redraw"), bench("uncertainty_calibration")
+    rng = np.random.default_rng(0)
+
+    def verified(count):
+        found = []
+        for number in range(count):
+            values, came = rng.normal(size=(2, SAMPLES, 9, 1)), rng.normal(size=(2, 9, 1))
+            tallies = {
+                name: tally(one, truth, rng, unit="1")
+                for name, one, truth in zip(("latents", "proprio x"), values, came, strict=True)
+            }
+            zeros = np.zeros(9)
+            found.append(
+                Verified(tallies, zeros, values[1], came[1], zeros.astype(int), f"kind {number}", ())
+            )
+        return found
+
+    kinds = {name: calibration.Kind(name, verified(count)) for name, count in (("rigid", 4), ("paint", 6))}
+    longer = calibration.Kind("rigid", verified(8))
+    redraw.keep(tmp_path, "calibration-rigid", [kinds["rigid"]])
+    redraw.keep(tmp_path, "calibration-paint-smoke", [kinds["paint"], longer])
+    redraw.keep(tmp_path, "calibration.uncalibrated-rigid", [kinds["rigid"]])
+    found = redraw.together([[kinds["rigid"]], [kinds["paint"], longer]])
+    assert [(one.kind, len(one.verified)) for one in found] == [("rigid", 8), ("paint", 6)]
+    redraw.main(["--figures", str(tmp_path)], "redraw")
+    drawn_files = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn_files == {"uncertainty-reliability.png", "uncertainty-reliability-uncalibrated.png"}
+    assert "uncertainty-reliability.png" in capsys.readouterr().out
+    with pytest.raises(DataError, match="nothing is kept"):
+        redraw.main(["--figures", str(tmp_path / "none")], "redraw")
+
+
+def test_the_budget_is_shared_by_the_parts_that_are_asked_for(bench):
+    uncertainty = bench("uncertainty")
+
+    def ends(*parts):
+        options = SimpleNamespace(parts=parts, budget_s=100.0)
+        it = SimpleNamespace(options=options, began=1000.0)
+        return [uncertainty.Bench.until(it, part) - 1000.0 for part in parts]
+
+    assert ends(*uncertainty.PARTS) == pytest.approx([50, 65, 80, 90, 100])
+    assert ends("ood") == pytest.approx([100])
+    assert ends("futures", "narrowing", "mass") == pytest.approx([37.5, 75, 100])

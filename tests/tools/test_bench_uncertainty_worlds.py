@@ -107,11 +107,16 @@ def test_members_that_differ_disagree_and_copies_do_not(bench, worlds):
     windows = windows_of(bench, 3)
 
     def score(members):
-        return ood.epistemic(imaginer(Ensemble(members), samples=16, rows=32))(windows)
+        return ood.parts_of(imaginer(Ensemble(members), samples=16, rows=32))["E"](windows)
 
     apart, copies = score(worlds), score([worlds[0], worlds[0]])
     assert (apart > 0).all()
     assert np.abs(copies).max() < 0.3 * apart.min()
+    parts = ood.parts_of(imaginer(Ensemble(worlds), samples=16, rows=32))
+    assert set(parts) == {"E", "E8", "A"}
+    np.testing.assert_array_equal(parts["E8"](windows), parts["E"](windows), "all frames are among the first")
+    np.testing.assert_array_equal(parts["E"](windows[:1]), apart[:1], "each list has scores of its own")
+    assert (parts["A"](windows) > 0).all()
     with pytest.raises(ConfigError, match="multiple of 2 members"):
         imaginer(Ensemble(worlds), samples=5, rows=8)
 

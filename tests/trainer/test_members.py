@@ -29,7 +29,7 @@ def test_members_of_one_run_are_trained_loaded_and_packed(
     training = settings.world(planar, tokenizer_run, latents=latents, model=shared, init=start)
     train(training, run, progress_bar=False)
 
-    ensemble = vidworld.load(run, "cpu")
+    ensemble = vidworld.load(run, "cpu", members="all")
     assert isinstance(ensemble, Ensemble)
     assert ensemble.num_members == 3
     raw = open_world(run).model
@@ -49,7 +49,7 @@ def test_members_of_one_run_are_trained_loaded_and_packed(
     assert not torch.equal(rolled.latents_BTVChw[0], rolled.latents_BTVChw[2])
     # Packed, it is the trunk and its small changes, and the same ensemble.
     assert cli.run(["export", str(run), "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
-    packed = vidworld.load(tmp_path / "out", "cpu")
+    packed = vidworld.load(tmp_path / "out", "cpu", members="all")
     with torch.no_grad():
         again = packed.rollout(state, grounding.recording.actions_TA, allow_out_of_range=True)
     assert torch.equal(again.latents_BTVChw, rolled.latents_BTVChw)

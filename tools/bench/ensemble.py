@@ -1,14 +1,14 @@
 """Measure an ensemble: frames per second of J members with M samples each, in four ways, in one process.
 
-    python tools/bench/ensemble.py --device cuda --budget-s 300    # the target: M = 32 x J = 4 at 128 pixels
+    python tools/bench/ensemble.py --run runs/lab --device cuda --budget-s 300    # the target: M = 32 x J = 4
     python tools/bench/ensemble.py --size 8x256 --samples 4 --frames 4 --repeats 2 --window 8    # toy size
 
-Weights are random: speed does not depend on them. A frame is one moment of all M x J futures, denoised,
-committed and decoded. Ways: `engine` (a `RolloutEngine`: each member's rows in turn, on a GPU all in one
-graph), `plain` (the differentiable world), `vmap` (the plain world with the members' weights stacked and
-`torch.func.vmap` over them), and `alone`, what as many rows cost an engine of one member. `training` is the
-time of a training step with members of low rank that share a network, over that without. Every row is written
-as soon as it is measured. Before it is timed, `vmap` is held to what `plain` computes.
+Without --run weights are random: speed does not depend on them. A frame is one moment of all M x J futures,
+denoised, committed and decoded. Ways: `engine` (a `RolloutEngine`: each member's rows in turn, on a GPU all
+in one graph), `plain` (the differentiable world), `vmap` (the plain world with the members' weights stacked
+and `torch.func.vmap` over them), and `alone`, what as many rows cost an engine of one member. `training` is
+the time of a training step with members of low rank that share a network, over that without. Every row is
+written as soon as it is measured. Before it is timed, `vmap` is held to what `plain` computes.
 """
 
 import statistics
@@ -37,6 +37,8 @@ from vidworld.trainer.tasks import Moment, WorldTask
 from vidworld.types import Batch, Frames, SignalLevel
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.ensemble import Ensemble
+from vidworld.world.load import find, load
+from vidworld.world.spec import WorldSpec
 from vidworld.world.state import WorldState
 from vidworld.world.world import WorldModel
 
@@ -47,10 +49,12 @@ CLOSE = 2e-2
 
 @dataclass(frozen=True)
 class Options:
-    """Time rollouts of an ensemble of worlds with random weights."""
+    """Time rollouts of an ensemble: of a run, or of worlds with random weights."""
 
+    run: Path | None = None
+    """A run or export, or `lab`: its members, or --members noisy copies where it has none."""
     size: str = "12x384"
-    """Layers x width, of the sizes in tools/bench/rollout.py."""
+    """Layers x width, of the sizes in tools/bench/rollout.py; not with --run."""
     samples: int = 32
     members: int = 4
     steps: int = 1
@@ -145,18 +149,20 @@ def main(arguments: Sequence[str], prog: str) -> None:
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     gpu = options.device == "cuda"
-    ensemble = make_ensemble(options)
+    ensemble = make_ensemble(options) if options.run is None else open_ensemble(options)
     sampler = replace(ensemble.spec.sampler, steps=options.steps)
     prompt = full_prompt(ensemble.spec, sampler)
     state = ensemble.reset(prompt, num_samples=options.samples, sampler=sampler)
     actions = np.zeros((options.frames, len(ensemble.spec.contracts[0].action)), np.float32)
     rows = options.samples * options.members
     name = f"uncertainty.{'' if gpu else 'cpu_'}fps.m{options.samples}.j{options.members}"
-    target = options.size == "12x384"
+    target = options.run is not None
+    config = ensemble.spec.model
+    what = f"{config.depth}x{config.width}"
     device = torch.cuda.get_device_name() if gpu else cpu_name()
     command = " ".join(["python", "tools/bench/ensemble.py", *arguments])
     unit = (
-        f"frames/s, each of {rows} futures, decoded; {options.size}, {ensemble.spec.width} px, "
+        f"frames/s, each of {rows} futures, decoded; {what}, {ensemble.spec.width} px, "
         f"{options.steps} step(s), window {sampler.window} full"
     )
     unit += "" if gpu else f", CPU seconds, {options.threads} thread(s)"
@@ -172,6 +178,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
     for way in options.ways or ((*default, "compiled") if gpu else default):
         if time.monotonic() - began > options.budget_s:
             print(f"left out for want of time: {way}", flush=True)
+            continue
+        if way == "training" and options.run is not None:
             continue
         if way == "training":
             train_cost(options, add)
@@ -271,7 +279,21 @@ def seconds(run: Callable[[], object], options: Options) -> float:
 def make_ensemble(options: Options) -> Ensemble:
     """Members of one shape with random weights of their own."""
     settings = rollout.Options(window=options.window, device=options.device)
-    members = [rollout.make_world(*SIZES[options.size], settings) for _ in range(options.members)]
+    return _apart([rollout.make_world(*SIZES[options.size], settings) for _ in range(options.members)])
+
+
+def open_ensemble(options: Options) -> Ensemble:
+    """Members of a run; a run without members is opened again and again."""
+    assert options.run is not None
+    shared = WorldSpec.read(find(options.run).directory).model.members
+    if shared:
+        found = load(options.run, options.device, members=options.members)
+        assert isinstance(found, Ensemble)
+        return found
+    return _apart([load(options.run, options.device) for _ in range(options.members)])
+
+
+def _apart(members: Sequence[WorldModel]) -> Ensemble:
     for index, member in enumerate(members):
         generator = torch.Generator().manual_seed(index)
         for parameter in member.model.parameters():

@@ -1,9 +1,9 @@
 """Does a world of the lab know what it does not know? Everything is held to the true simulator.
 
-    python tools/bench/uncertainty.py --run runs/lab0 runs/lab1 runs/lab2 runs/lab3 --data data/lab \
-        --readout runs/readout --device cuda
+    python tools/bench/uncertainty.py --run runs/lab --data data/lab --readout runs/readout
 
-The first run is measured, and all are the ensemble whose E is; calibrate each first (vidworld calibrate).
+The first member of the run is measured, and all are the ensemble whose E is; several runs are an ensemble
+too. Calibrate first (vidworld calibrate).
 Held-out episodes (the evaluation half of the val split), their first 8 frames known, 32 samples:
 
 - `calibration`: spread-skill, 90 % coverage, rank tests and event reliability of every kind, leads 4 to 32,
@@ -15,7 +15,9 @@ Held-out episodes (the evaluation half of the val split), their first 8 frames k
 - `ood`: AUROC of E, flow loss and nearest neighbour on five shifts.
 
 True ensembles are played on all cores meanwhile and kept in --cache (tools/bench/uncertainty_truth.py makes
-them ahead). Rows are written as soon as they are measured; figures go to --figures.
+them ahead). Rows are written as soon as they are measured; figures go to --figures, and what they are drawn
+from to --figures/kept, where uncertainty_redraw.py takes it from: processes that each measure some --parts or
+--kinds, one a GPU, are put together there.
 """
 
 import concurrent.futures
@@ -35,6 +37,7 @@ import uncertainty_ood as ood
 from table import add_rows, cpu_name
 from uncertainty_calibration import Kind, calibrate_kind, event_rows, kind_rows
 from uncertainty_container import Futures, Mass, Narrowing, compare_futures, narrow_spread, probe_mass
+from uncertainty_redraw import EVENT_LEADS, keep
 from uncertainty_truth import KIND, QUANTITIES, Pool, Truth, TruthConfig, fitting, load_truth
 from uncertainty_worlds import Imaginer, Ruler, Window, read_windows
 
@@ -51,9 +54,14 @@ from vidworld.world.world import WorldModel
 
 Part = Literal["calibration", "futures", "narrowing", "mass", "ood"]
 PARTS: tuple[Part, ...] = ("calibration", "futures", "narrowing", "mass", "ood")
-UNTIL = {"calibration": 0.5, "futures": 0.65, "narrowing": 0.8, "mass": 0.9, "ood": 1.0}
-"""Share of the budget that is over when a part has to end; what is left of one goes to the next."""
-EVENT_LEADS = (8, 16, 24, 32)
+SHARES: dict[Part, float] = {
+    "calibration": 0.5,
+    "futures": 0.15,
+    "narrowing": 0.15,
+    "mass": 0.1,
+    "ood": 0.1,
+}
+"""Of the budget, where all parts are measured; what is left of one goes to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Options:
     """Measure what a world of the lab knows of what it does not know."""
 
     run: tuple[Path, ...]
-    """Runs or exports; the first is measured, and all are the ensemble whose E is."""
+    """Runs or exports; the first member is measured, and all are the ensemble whose E is."""
     together: bool = False
     """Take the samples of all members together in every part."""
     data: Path
@@ -82,6 +90,8 @@ class Options:
     frames: int = 32
     """Frames to imagine."""
     samples: int = 32
+    e_samples: int = 16
+    """Of each member, for E."""
     rows: int = 256
     """Rollouts side by side."""
     truth: TruthConfig = field(default_factory=TruthConfig)
@@ -98,7 +108,16 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
-        for name in ("episodes", "truth_episodes", "train_episodes", "samples", "rows", "workers", "frames"):
+        for name in (
+            "episodes",
+            "truth_episodes",
+            "train_episodes",
+            "samples",
+            "e_samples",
+            "rows",
+            "workers",
+            "frames",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}", got=getattr(self, name), expected="1 or more"
@@ -116,7 +135,7 @@ class Bench:
         self.options, self.began = options, time.monotonic()
         self.datasets = datasets(options)
         runs = options.run[0] if len(options.run) == 1 else list(options.run)
-        loaded = load(runs, options.device)
+        loaded = load(runs, options.device, members="all")
         self.ensemble = loaded if isinstance(loaded, Ensemble) else None
         alone = self.ensemble is not None and not options.together
         self.world: WorldModel = self.ensemble.members[0] if self.ensemble and alone else loaded
@@ -141,8 +160,19 @@ class Bench:
 
     def late(self, part: Part) -> Callable[[], bool]:
         """Whether a part has to end."""
-        end = self.began + UNTIL[part] * self.options.budget_s
+        end = self.until(part)
         return lambda: time.monotonic() > end
+
+    def until(self, part: Part) -> float:
+        """When a part has to end, on the monotonic clock."""
+        chosen = [one for one in PARTS if one in self.options.parts]
+        whole = sum(SHARES[one] for one in chosen)
+        before = sum(SHARES[one] for one in chosen if PARTS.index(one) <= PARTS.index(part))
+        return self.began + before / whole * self.options.budget_s
+
+    def keep(self, part: str, found: object) -> None:
+        """Keep what figures are drawn from."""
+        keep(self.options.figures, f"{part}-{'-'.join(self.datasets)}", found)
 
     def imaginer(self, *, calibrated: bool = True) -> Imaginer:
         """Rolls out with the world's own sampler, or with that of its training."""
@@ -195,6 +225,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         if "mass" in options.parts and KIND in bench.datasets:
             mass = measure_mass(bench)
         if futures or narrowing or mass:
+            bench.keep("mass", (futures, narrowing, mass, options.truth.leads))
             figures.hidden_mass(
                 futures, narrowing, mass, options.truth.leads, options.figures / "uncertainty-mass.png"
             )
@@ -236,13 +267,14 @@ def measure_calibration(bench: Bench) -> None:
             if late() and found:
                 print(f"left out for want of time: {kind}{way}", flush=True)
                 continue
-            began, whole = time.monotonic(), bench.began + UNTIL["calibration"] * bench.options.budget_s
+            began, whole = time.monotonic(), bench.until("calibration")
             # What is left is shared by all that is still to come.
             end = began + (whole - began) / (slots + 1)
             windows = bench.windows(kind)
             one = calibrate_kind(kind, windows, imaginer, bench.ruler, lambda end=end: time.monotonic() > end)
             found.append(one)
             bench.add(kind_rows(one, way))
+            bench.keep(f"calibration{way}", found)
             print(f"{kind}{way}: {len(one.verified)} episodes, {time.monotonic() - began:.0f} s", flush=True)
         leads = [lead for lead in EVENT_LEADS if lead <= bench.options.frames] or [bench.options.frames]
         rows, told = event_rows(found, leads, way)
@@ -259,7 +291,7 @@ def finished(
     """Episodes whose truth is made by the time that there is for it; at least one."""
     if not jobs:
         return []
-    left = bench.began + UNTIL["futures"] * bench.options.budget_s * 0.9 - time.monotonic()
+    left = 0.9 * (bench.until("futures") - bench.began) + bench.began - time.monotonic()
     concurrent.futures.wait([job for _, job in jobs], timeout=max(left, 1.0))
     jobs[0][1].result()  # what cannot be made again here says so
     pairs = [(window, load_truth(job.result())) for window, job in jobs if job.done()]
@@ -318,14 +350,16 @@ def measure_ood(bench: Bench) -> None:
     first = bench.world
     if bench.ensemble is not None:
         first = bench.ensemble.members[0]
-        together = Imaginer(bench.ensemble, samples=options.samples, rows=options.rows, seed=options.seed)
-        scores["E"] = ood.epistemic(together)
+        count = options.e_samples * bench.ensemble.num_members
+        rows = max(options.rows, count)
+        scores |= ood.parts_of(Imaginer(bench.ensemble, samples=count, rows=rows, seed=options.seed))
     else:
         print("no E: it takes two runs or more", flush=True)
     scores["flow"] = ood.flow_loss(first, frames=2 * options.truth.context)
     scores["nearest"] = ood.nearest(first, known)
     rows, told = ood.rows_of(scores, ordinary, shifted)
     bench.add(rows)
+    bench.keep("ood", (told, rows))
     figures.shifted(told, rows, options.figures / "uncertainty-ood.png")
     figures.shift_pictures(ordinary, shifted, options.figures / "uncertainty-shifts.png")
 

@@ -89,12 +89,9 @@ def compare_futures(
         def values(videos_NTHWC: np.ndarray, reference_HWC: np.ndarray = reference_HWC) -> np.ndarray:
             return ruler.values(ruler.read(videos_NTHWC, "container", reference_HWC), QUANTITIES)
 
-        of_truth = np.stack(
-            [
-                values(np.stack([shown(imaginer.world, video) for video in one_MLHWC]))
-                for one_MLHWC in truth.frames_2MLHWC
-            ]
-        )
+        frames = truth.frames_2MLHWC
+        pictures = shown(imaginer.world, frames.reshape(-1, *frames.shape[3:])).reshape(frames.shape)
+        of_truth = np.stack([values(one_MLHWC) for one_MLHWC in pictures])
         happened = window.frames_THWC[config.context :][at]
         came_LQ = values(shown(imaginer.world, happened)[None])[0]
         read.append((values(imagined.video_MTHWC), of_truth, came_LQ))

@@ -18,6 +18,7 @@ from vidworld.plots import COLORS, FLOOR_COLOR, STYLE, to_png
 
 WORLD, TRUTH, UNIFORM = COLORS[0], "#334155", COLORS[1]
 SHOWN = ("box_y", "box_x", "box_tilt")
+SCORES = {"E": "members disagree (E)", "flow": "flow loss", "nearest": "nearest neighbour"}
 WORDS = {
     "box_x": "box, x (m)",
     "box_y": "box, y (m)",
@@ -187,9 +188,10 @@ def _mass(ax: Axes, found: Mass) -> None:
 
 def shifted(told: Mapping[str, Mapping[str, np.ndarray]], rows: Mapping[str, Any], path: Path) -> None:
     """Scores of ordinary and shifted episodes, each relative to the ordinary ones' median."""
+    shown = {name: told[name] for name in SCORES if name in told}
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(len(told), 1, 3.9, 3.1)
-        for (name, scores), ax in zip(told.items(), axes, strict=True):
+        figure, axes = _figure(len(shown), 1, 3.9, 3.1)
+        for (name, scores), ax in zip(shown.items(), axes, strict=True):
             middle = float(np.median(np.abs(scores["ordinary"]))) + 1e-12
             for place, (shift, values) in enumerate(scores.items()):
                 jitter = np.random.default_rng(place).uniform(-0.22, 0.22, len(values))
@@ -207,8 +209,7 @@ def shifted(told: Mapping[str, Mapping[str, np.ndarray]], rows: Mapping[str, Any
             ax.margins(y=0.14)
             ax.tick_params(labelsize=8)
             ax.set_xticks(range(len(scores)), list(scores), rotation=30, ha="right", fontsize=8)
-            said = {"E": "members disagree (E)", "flow": "flow loss", "nearest": "nearest neighbour"}
-            ax.set_title(f"{said[name]}: AUROC", fontsize=10)
+            ax.set_title(f"{SCORES[name]}: AUROC", fontsize=10)
             ax.set_ylabel("score / ordinary median")
         _write(figure, path)
 

@@ -49,6 +49,7 @@ GRAVITY_M_S2 = 9.81
 PACE = 2.2
 NOISY_SHARE, BLOCK = 0.35, 8
 LEVELS = (0.25, 0.5, 0.75)
+FIRST = 8
 Score = Callable[[Sequence[Window]], np.ndarray]
 """A number for each window, higher where it is stranger."""
 
@@ -227,18 +228,27 @@ def other_arm(episode: "LabEpisode") -> "LabEpisode":
         return generate(episode.kind, episode.seed, dataclasses.replace(episode.config, robot=robot))
 
 
-def epistemic(imaginer: Imaginer) -> Score:
-    """Mean E over the imagined frames' latents, in their normalised units. Needs two members or more."""
+def parts_of(imaginer: Imaginer) -> dict[str, Score]:
+    """Means over the imagined frames' latents, in their normalised units. Needs two members or more.
 
-    def score(windows: Sequence[Window]) -> np.ndarray:
-        found = []
-        for imagined in imaginer(windows, []):
-            parted = split(imagined.latents_MTX.unflatten(0, (1, imaginer.members, imaginer.each)))
-            assert parted.epistemic_SX is not None
-            found.append(float(parted.epistemic_SX.mean()))
-        return np.array(found)
+    `E` is what members disagree in, over all frames; `E8` over the first 8; `A` is their samples' spread.
+    """
+    kept: dict[int, tuple[Sequence[Window], np.ndarray]] = {}
 
-    return score
+    def of(windows: Sequence[Window]) -> np.ndarray:
+        if id(windows) not in kept:  # the windows are kept too, or another list could get their place
+            found = []
+            for imagined in imaginer(windows, []):
+                parted = split(imagined.latents_MTX.unflatten(0, (1, imaginer.members, imaginer.each)))
+                assert parted.epistemic_SX is not None
+                epistemic_TX, aleatoric_TX = parted.epistemic_SX[0], parted.aleatoric_SX[0]
+                of_one = (epistemic_TX.mean(), epistemic_TX[:FIRST].mean(), aleatoric_TX.mean())
+                found.append(torch.stack(of_one).double().cpu().numpy())
+            kept[id(windows)] = (windows, np.array(found))
+        return kept[id(windows)][1]
+
+    names = ("E", f"E{FIRST}", "A")
+    return {name: lambda windows, place=place: of(windows)[:, place] for place, name in enumerate(names)}
 
 
 @torch.no_grad()

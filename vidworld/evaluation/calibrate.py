@@ -34,6 +34,7 @@ from vidworld.evaluation.recalibration import (
 from vidworld.evaluation.windows import Recorded, Settings, plan_windows, read_window
 from vidworld.world.calibration import FILE_NAME, Calibration, Conformal, sampling_of
 from vidworld.world.engine import RolloutEngine
+from vidworld.world.ensemble import Ensemble
 from vidworld.world.load import find, load, verify
 from vidworld.world.noise_scale import NoiseScale
 from vidworld.world.spec import SamplerConfig
@@ -49,7 +50,8 @@ class Options:
     """Fit a world's spread to its errors on episodes set apart, and say how far off it may be.
 
     Takes the calibration half of the split (by a hash of the episode's id; vidworld eval then leaves it out),
-    a window of each episode. Writes RUN/calibration.json, which vidworld.load applies.
+    a window of each episode. Writes RUN/calibration.json, which vidworld.load applies. Members that share a
+    network are calibrated together, windows being theirs in turn; runs of their own one by one.
     """
 
     run: tyro.conf.Positional[Path]
@@ -114,15 +116,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         raise ConfigError(
             "the run is calibrated already", where=files.directory / FILE_NAME, fix="pass --overwrite"
         )
-    world = load(options.run, options.device, calibrated=False)
-    if world.num_members > 1:
-        raise ConfigError(
-            "world to calibrate",
-            where=options.run,
-            got=f"an ensemble of {world.num_members} members that share a network",
-            expected="one world",
-            fix="calibrate runs one by one, before they are an ensemble",
-        )
+    world = load(options.run, options.device, calibrated=False, members="all")
     found = replace(calibrate(world, options.data, options), weights_sha256=verify(files.weights))
     path = found.write(files.directory)
     print(_lines(found))
@@ -133,7 +127,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Options) -> Calibration:
     """Calibrate a world; the result lacks the digest of its weights.
 
-    Raises DataError where there are too few episodes, and as `vidworld.evaluation.windows` does.
+    Of an ensemble each window is imagined by one member, in turn: noise and radii are those of a member,
+    whichever it is. Raises DataError where there are too few episodes, and as `vidworld.evaluation.windows`
+    does.
     """
     prepared, listed = _prepare(world, locations, options)
     source = options.noise
@@ -143,7 +139,7 @@ def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Optio
         raise ConfigError(
             "--noise", got="model", expected="start or none: the network has no noise input (noise_dims)"
         )
-    halves = _halves(prepared)
+    halves = tuple(_by_member(half) for half in _halves(prepared))
     passes = 2 + (0 if source == "none" else options.rounds)
     steps = len(prepared) * 2 + len(halves[0]) * (passes - 2)
     with tqdm(total=steps, unit="window", desc="calibrate", disable=None) as bar:
@@ -347,6 +343,20 @@ def _halves(prepared: Sequence[Prepared]) -> tuple[list[Prepared], list[Prepared
     if not halves[1]:
         raise DataError("calibration episodes", got=len(prepared), expected="2 or more")
     return halves
+
+
+def _by_member(windows: Sequence[Prepared]) -> list[Prepared]:
+    """The windows of an ensemble, its members' in turn, those of a member next to each other."""
+    members: dict[int, list[WorldModel]] = {}
+    found: dict[tuple[int, int], list[Prepared]] = {}
+    for number, one in enumerate(windows):
+        if not isinstance(one.world, Ensemble):
+            found.setdefault((id(one.world), 0), []).append(one)
+            continue
+        own = members.setdefault(id(one.world), one.world.members)
+        place = number % len(own)
+        found.setdefault((id(one.world), place), []).append(replace(one, world=own[place]))
+    return [one for group in found.values() for one in group]
 
 
 def _conformal(

@@ -33,7 +33,7 @@ from vidworld.evaluation.windows import Plan, Settings, chosen_half, plan_window
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
 from vidworld.world.ensemble import Ensemble
-from vidworld.world.load import find, load, members
+from vidworld.world.load import asked_members, find, load
 from vidworld.world.spec import WorldSpec
 from vidworld.world.world import WorldModel
 
@@ -56,8 +56,9 @@ class Options(Settings):
     data: tyro.conf.Positional[Path]
     """Dataset directory of videos, of the same robot."""
     members: tuple[Path, ...] = ()
-    """Further members of an ensemble with `run`: the same world, trained with other seeds. Each imagines
-    --samples futures, and what they disagree in is told apart."""
+    """Further members of an ensemble with `run`: the same world, trained with other seeds. Or a number, or
+    `all`: so many of the members that `run` itself holds. Each imagines --samples futures, and what they
+    disagree in is told apart."""
     out: Path
     """Directory to write; it must not exist."""
     device: str | None = None
@@ -74,9 +75,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld eval`."""
     options = parse(Options, arguments, prog=prog)
     with output_directory(options.out, RECORD, overwrite=options.overwrite) as folder:
-        paths = members([options.run, *options.members])
+        paths, count = asked_members(options.run, options.members)
         files = find(paths[0])
-        world = load(paths, options.device, calibrated=not options.uncalibrated)
+        world = load(paths, options.device, calibrated=not options.uncalibrated, members=count)
         origin = {
             "run": str(options.run),
             "checkpoint": files.checkpoint,

@@ -14,14 +14,16 @@ from vidworld import __version__
 from vidworld.config import parse
 from vidworld.contract import ActionContract
 from vidworld.data.shards import ShardDataset
+from vidworld.errors import ConfigError
 from vidworld.evaluation.grounding import ground_episode
 from vidworld.files import sha256_of
 from vidworld.output import output_directory
 from vidworld.quantize import Precision, compress
 from vidworld.tokenizers.conv import ConvTokenizer
 from vidworld.tokenizers.store import copy_tokenizer, has_weights, save_tokenizer
+from vidworld.world.build import merged
 from vidworld.world.ensemble import Ensemble
-from vidworld.world.load import ENSEMBLE, ENSEMBLE_VERSION, Files, find, load, members, open_world
+from vidworld.world.load import ENSEMBLE, ENSEMBLE_VERSION, Files, find, folders, load, open_world
 from vidworld.world.shipped import prompts_of
 from vidworld.world.world import WorldModel
 
@@ -35,7 +37,8 @@ class Options:
     It holds world.json, tokenizer/, model.safetensors (the averaged weights), a manifest with checksums and a
     README, no pickle and no code. `vidworld.load(folder)` opens it. A pretrained tokenizer goes along as the
     path and digest of its weights, or whole; our own is rounded as the network is. Of an
-    ensemble it holds ensemble.json, one tokenizer/, and a folder for each member.
+    ensemble it holds ensemble.json, one tokenizer/, and a folder for each member; members that share a
+    network stay in its one file.
     """
 
     run: tyro.conf.Positional[tuple[Path, ...]]
@@ -51,6 +54,8 @@ class Options:
     """Copy the weights of a pretrained tokenizer too; mind their license. Our own always go along."""
     embodiment: str | None = None
     """Pack the world of this robot alone, where the run knows several."""
+    member: int | None = None
+    """Pack this member of an ensemble alone, counted from 0, as a world without members."""
     overwrite: bool = False
     """Replace an earlier export in --out."""
 
@@ -58,7 +63,7 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """Entry point of `vidworld export`."""
     options = parse(Options, arguments, prog=prog)
-    record = ENSEMBLE if len(members(options.run)) > 1 else WEIGHTS
+    record = ENSEMBLE if len(folders(options.run)) > 1 and options.member is None else WEIGHTS
     with output_directory(options.out, record, overwrite=options.overwrite) as folder:
         size = export(
             options.run,
@@ -67,6 +72,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             prompts=options.prompts,
             with_tokenizer=options.with_tokenizer,
             embodiment=options.embodiment,
+            member=options.member,
         )
         whole = has_weights(folder / "tokenizer")
     print(f'{options.out}: {size / 2**20:.1f} MiB. Open it with vidworld.load("{options.out}")')
@@ -85,19 +91,22 @@ def export(
     prompts: Path | None = None,
     with_tokenizer: bool = False,
     embodiment: str | None = None,
+    member: int | None = None,
 ) -> int:
     """Write an export into an empty folder; returns its bytes.
 
     Prompts of an export go along to its own exports. Raises CheckpointError as `load` does, DataError or
-    ContractError for prompts that the world cannot begin with.
+    ContractError for prompts that the world cannot begin with, ConfigError for a member that is not there.
     """
-    paths = members(runs)
+    paths = folders(runs)
     files = find(paths[0])
     # Members that share a network stay in it: they are small beside it.
     alone = len(paths) == 1
     world = (
         open_world(paths[0], embodiment=embodiment) if alone else load(paths, "cpu", embodiment=embodiment)
     )
+    if member is not None:
+        world = _member(world, member)
     if prompts := prompts or prompts_of(files.tokenizer.parent):
         _copy_prompts(world, prompts, folder / PROMPTS)
     tokenizer_digest = world.spec.tokenizer_digest
@@ -107,9 +116,9 @@ def export(
         copy_tokenizer(files.tokenizer, folder / "tokenizer", with_weights=with_tokenizer)
     if isinstance(world, Ensemble):
         names = [f"member-{index}" for index in range(world.num_members)]
-        for name, member in zip(names, world.members, strict=True):
+        for name, one in zip(names, world.members, strict=True):
             (folder / name).mkdir()
-            _write_world(member, folder / name, precision, tokenizer_digest)
+            _write_world(one, folder / name, precision, tokenizer_digest)
             write_manifest(folder / name)
         listing = {"schema_version": ENSEMBLE_VERSION, "members": names}
         (folder / ENSEMBLE).write_text(json.dumps(listing, indent=1) + "\n")
@@ -117,8 +126,17 @@ def export(
         _write_world(world, folder, precision, tokenizer_digest)
     (folder / "README.md").write_text(model_card(world, files, precision, has_prompts=prompts is not None))
     write_manifest(folder)
-    load(folder, "cpu")  # an export that does not open is no export
+    load(folder, "cpu", members="all")  # an export that does not open is no export
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _member(world: WorldModel, member: int) -> WorldModel:
+    """One member of an ensemble, or of a world whose members share a network."""
+    count = world.spec.model.members or world.num_members
+    if count == 1 or not 0 <= member < count:
+        expected = f"0 to {count - 1}" if count > 1 else "an ensemble, to have members"
+        raise ConfigError("--member", got=member, expected=expected)
+    return world.members[member] if isinstance(world, Ensemble) else merged(world, member)
 
 
 def _write_world(world: WorldModel, folder: Path, precision: Precision, tokenizer_digest: str) -> None:
@@ -165,12 +183,17 @@ def model_card(world: WorldModel, files: Files, precision: Precision, *, has_pro
         for layout in dict.fromkeys(spec.layout(contract.embodiment) for contract in spec.contracts)
     )
     parameters = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    shared = spec.model.members
     size = f"{world.num_members} members of " if world.num_members > 1 else ""
+    size += f"{shared} members in one network of " if shared else ""
     size += f"{parameters:.1f}M"
     zeros = ", ".join("0.0" for _ in spec.contracts[0].action)
     embodiment = f', embodiment="{first}"' if len(shown.contracts) > 1 else ""
     views = "" if len(shown.views) == 1 else f"{len(shown.views)}, "
     contracts = "\n".join(_contract_section(contract) for contract in spec.contracts)
+    opened_all = (
+        f'\nensemble = vidworld.load("path/to/this/folder"{opened}, members={shared})' if shared else ""
+    )
     roll = "\n`vidworld rollout path/to/this/folder --out rollout` begins with an episode of `prompts/`.\n"
     return f"""---
 library_name: vidworld
@@ -188,7 +211,7 @@ import torch
 import vidworld
 from vidworld.world.prompt import Prompt
 
-world = vidworld.load("path/to/this/folder"{opened})
+world = vidworld.load("path/to/this/folder"{opened}){opened_all}
 frames = np.zeros((1, {views}{shown.height}, {shown.width}, 3), np.uint8)  # your own frames, oldest first
 with torch.no_grad():
     state = world.reset(Prompt(frames{embodiment}), num_samples=4, seed=0)

@@ -37,7 +37,7 @@ from vidworld.evaluation.rollout_options import Options
 from vidworld.output import output_directory
 from vidworld.world.build import narrow
 from vidworld.world.engine import RolloutEngine
-from vidworld.world.load import find, load, members, verify
+from vidworld.world.load import asked_members, find, load, verify
 from vidworld.world.noise import MEMBER_STRIDE
 from vidworld.world.shipped import prompts_of
 from vidworld.world.spec import SamplerConfig
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
 def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> dict[str, Any]:
     """Do what the options say, write every file into `folder`, return what `rollout.json` holds."""
     options.check()
-    paths = members([options.run, *options.members])
+    paths, count = asked_members(options.run, options.members)
     options = with_prompt(options, prompts_of(find(paths[0]).tokenizer.parent))
-    world = load(paths, options.device, calibrated=not options.uncalibrated)
+    world = load(paths, options.device, calibrated=not options.uncalibrated, members=count)
     if world.spec.layouts:
         world = narrow(world, [embodiment(options, world.spec)])
     spec = world.spec

@@ -27,8 +27,8 @@ class Options:
     out: Path
     """Directory to write; it must not exist."""
     members: tuple[Path, ...] = ()
-    """Further members of an ensemble with `run`: the same world, trained with other seeds. Each imagines
-    --samples futures."""
+    """Further members of an ensemble with `run`: the same world, trained with other seeds. Or a number, or
+    `all`: so many of the members that `run` itself holds. Each imagines --samples futures."""
     prompt: tuple[str, ...] = ()
     """Episode ids, or files of pictures or videos: one a view, in the world's order. Default: the first
     held-out episode of --data."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vidworld.model.dit import CausalDiT
 from vidworld.model.members import MemberLinear
+from vidworld.quantize import MEMBER_CHANGES
 
 
 def merge_member(model: CausalDiT, member: int) -> CausalDiT:
@@ -32,6 +33,6 @@ def with_members(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tens
     fresh = {
         name: weight
         for name, weight in model.state_dict().items()
-        if name.endswith((".in_JrI", ".out_JOr")) and name not in weights
+        if name.endswith(MEMBER_CHANGES) and name not in weights
     }
     return weights | fresh

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -52,29 +52,38 @@ def load(
     autocast: bool = True,
     embodiment: str | None = None,
     calibrated: bool = True,
+    members: int | Literal["all"] | None = None,
 ) -> WorldModel:
     """Open a run or an export for simulation, with its averaged (EMA) weights where there are any.
 
-    Several of them, or a folder with an `ensemble.json` that lists them, make an `Ensemble`. A name such as
-    "lab" opens the world of that name that comes with the package. `device` defaults to the
+    Several of them, or a folder with an `ensemble.json` that lists them, make an `Ensemble`. Of a folder
+    whose members share a network the first one is opened, which costs no more than a world without members;
+    `members=4` gives the ensemble of the first four (of all folders together), "all" that of all. A name
+    such as "lab" opens the world of that name that comes with the package. `device` defaults to the
     GPU if there is one. `embodiment` gives the world of that robot alone, which a world of robots that see
     differently needs before it can be reset. Weights are held in float32 whatever the file's precision; see
     `WorldModel` for what `autocast` does. Parameters do not require grad; actions may. A
     `calibration.json` of these weights is applied to the sampler, which is said on standard error;
     `calibrated=False` leaves it.
     Raises CheckpointError saying what is missing, damaged or of another architecture, ConfigError for a
-    device that is not here.
+    device that is not here or for more members than there are.
     """
     chosen = usable_device(device)
-    paths = members(path)
+    paths = folders(path)
     options: dict[str, Any] = {"embodiment": embodiment, "calibrated": calibrated}
     found: list[WorldModel] = []
     names: list[str] = []
     for one in paths:
         world = open_world(one, autocast=autocast, **options).to(chosen)
-        count = world.spec.model.members
+        count = world.spec.model.members if members is not None else min(1, world.spec.model.members)
         found += [merged(world, member) for member in range(count)] if count else [world]
         names += [f"{one}, member {member}" for member in range(count)] if count else [str(one)]
+    if isinstance(members, int):
+        if not 1 <= members <= len(found):
+            raise ConfigError(
+                "members", where=", ".join(map(str, paths)), got=members, expected=f"1 to {len(found)}"
+            )
+        found, names = found[:members], names[:members]
     return Ensemble(found, names) if len(found) > 1 else found[0]
 
 
@@ -121,7 +130,23 @@ def apply_calibration(
     ), calibration
 
 
-def members(path: Path | str | Sequence[Path | str]) -> list[Path]:
+def asked_members(
+    run: Path | str, members: Sequence[Path | str]
+) -> tuple[list[Path], int | Literal["all"] | None]:
+    """Folders of a world, and how many of its members, from a run and what `--members` says.
+
+    That is one number, or `all`, of members that the run's own folder holds, or the folders of further runs.
+    """
+    if len(members) == 1 and not Path(members[0]).exists():
+        said = str(members[0])
+        if said == "all":
+            return folders(run), "all"
+        if said.isdecimal():
+            return folders(run), int(said)
+    return folders([run, *members]), None
+
+
+def folders(path: Path | str | Sequence[Path | str]) -> list[Path]:
     """The folders of a world: those that an `ensemble.json` lists, else the path or the paths themselves.
 
     Raises CheckpointError for a list that cannot be read.
@@ -129,7 +154,7 @@ def members(path: Path | str | Sequence[Path | str]) -> list[Path]:
     if not isinstance(path, str | Path):
         if not path:
             raise ConfigError("worlds to open", got="none", expected="one or more")
-        return [member for one in path for member in members(one)]
+        return [member for one in path for member in folders(one)]
     listing = resolve(path) / ENSEMBLE
     if not listing.is_file():
         return [Path(path)]
