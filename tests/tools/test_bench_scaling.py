@@ -142,3 +142,23 @@ def test_two_gloo_ranks_are_measured_and_equal_one(scaling, tmp_path):
     )
     two = runs.read_lines(work / "2x64-equal-2" / "metrics.jsonl")[:3]
     assert runs.differences(lines[:3], two)[0] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_blocks_are_trained_alike_with_weights_cut_across_ranks(scaling, tmp_path):
+    """Matrices above ZeRO-3's threshold of what every rank keeps; its hooks cannot be in a block's graph."""
+    _, runs = scaling
+    overrides = ["--engine.compile", "on", "--optim.name", "adamw", "--optim.warmup-steps", "1"]
+    case = runs.make_case("2x256", tmp_path, rows=None, toy=True, overrides=overrides)
+    trainer = runs.Trainer(tmp_path, "cpu", 500)
+
+    def first_steps(name, ranks, changes):
+        lines = trainer.run(case, name, ranks, changes, log_every=1, enough=lambda lines, _: len(lines) >= 6)
+        return lines[:6]
+
+    one = first_steps("one", 1, {"engine.accumulation": 2})
+    for strategy in ("zero3", "fsdp2"):
+        two = first_steps(strategy, 2, {"engine.strategy": strategy})
+        assert max(runs.differences(one, two)) < 1e-4
+    assert len({line["loss"] for line in one}) == 6

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from vidworld.model.dit import CausalDiT
 
@@ -24,3 +25,11 @@ def compile_blocks(model: CausalDiT, **options: Any) -> CausalDiT:
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, **options)
     return model
+
+
+def compile_without_hooks(block: nn.Module) -> None:
+    """Of a block that is compiled, compile `forward` only: hooks that others put on the block stay outside."""
+    if block._compiled_call_impl is None:
+        return
+    block._compiled_call_impl = None
+    block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)

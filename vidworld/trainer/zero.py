@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidworld.errors import ConfigError, require
+from vidworld.model.compile import compile_without_hooks
 from vidworld.trainer.engine import (
     EngineConfig,
     joined,
@@ -59,6 +60,8 @@ class ZeroEngine:
         self.shards_weights = config.strategy == "zero3"
         self.optim = optim
         self._names = {id(p): name for name, p in task.named_parameters() if p.requires_grad}
+        if self.shards_weights:
+            _gather_by_block(task)
         optimizer = build_optimizers(list(task.named_parameters()), optim)["adamw"]
         self.module, _ = self.accelerator.prepare(task.to(self.device), optimizer)
 
@@ -159,6 +162,20 @@ class ZeroEngine:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.accelerator.wait_for_everyone()
+
+
+def _gather_by_block(task: nn.Module) -> None:
+    """Let ZeRO-3 gather the weights of a block at once, before its graph runs, and not layer by layer.
+
+    Its hooks do not compile: inside a block they would break its graph at every layer. On the block they stand
+    around it, once `forward` alone is compiled in place of the whole call.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for stack in [module for module in task.modules() if isinstance(module, nn.ModuleList)]:
+        for block in stack:
+            set_z3_leaf_module(block, True)
+            compile_without_hooks(block)
 
 
 def deepspeed_config(
