@@ -228,6 +228,7 @@ def test_before_anything_shows_all_draws_are_the_prior(struck):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # 4000 simulations for the reference, and as many to compare
 @pytest.mark.filterwarnings("ignore:.*are worth")
 @pytest.mark.parametrize(("seed", "proprio_noise"), [(3, None), (1, None), (3, 0.05)])
 def test_looked_for_draws_agree_with_many_from_the_prior(seed, proprio_noise):

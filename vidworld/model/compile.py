@@ -28,7 +28,7 @@ def compile_blocks(model: CausalDiT, **options: Any) -> CausalDiT:
 
 
 def compile_without_hooks(block: nn.Module) -> None:
-    """Of a block that is compiled, compile `forward` only: hooks that others put on the block stay outside."""
+    """Of a block that is compiled, compile `forward` only: hooks that others put on it stay outside."""
     if block._compiled_call_impl is None:
         return
     block._compiled_call_impl = None

@@ -167,8 +167,8 @@ class ZeroEngine:
 def _gather_by_block(task: nn.Module) -> None:
     """Let ZeRO-3 gather the weights of a block at once, before its graph runs, and not layer by layer.
 
-    Its hooks do not compile: inside a block they would break its graph at every layer. On the block they stand
-    around it, once `forward` alone is compiled in place of the whole call.
+    Its hooks do not compile: inside a block they would break its graph at every layer. On the block they
+    stand around it, once `forward` alone is compiled in place of the whole call.
     """
     from deepspeed.utils import set_z3_leaf_module
 
