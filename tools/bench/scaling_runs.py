@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,10 @@ class Trainer:
             {
                 **changes,
                 "loader.batch_size": case.rows * ranks * accumulation,
-                # Far from the end: no bootstrap yet, the rate on its plateau, no looks and no checkpoints.
+                # Far from the end: the rate on its plateau, no looks, no checkpoints. What comes later in a
+                # training is not compiled either.
+                "objective.bootstrap_fraction": 0.0,
+                "objective.resample_fraction": 0.0,
                 "loop.steps": ENDLESS,
                 "loop.minutes": None,
                 "loop.save_every": ENDLESS,
@@ -182,6 +186,7 @@ class Trainer:
         codes = [beat.exit_code for beat in heartbeat.read_all(run)]
         if codes != [3] * ranks:  # as after any signal: saved, and left
             print(f"  {name}: ranks left with exit codes {codes}, see {log}", flush=True)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
         return lines
 
     def _environment(self) -> dict[str, str]:
