@@ -12,6 +12,7 @@ from vidworld.evaluation.grounding import ground_episode
 from vidworld.model.dit import CausalDiT, DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
+from vidworld.quantize import MEMBER_CHANGES
 from vidworld.trainer.tasks import WorldTask
 from vidworld.trainer.train import train
 from vidworld.world.ensemble import Ensemble
@@ -55,6 +56,33 @@ def test_members_of_one_run_are_trained_loaded_and_packed(
     assert torch.equal(again.latents_BTVChw, rolled.latents_BTVChw)
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert size < 2 * sum(4 * parameter.numel() for parameter in ensemble.networks[0].parameters())
+
+
+def test_members_begin_from_packed_weights_and_learn_the_spread(
+    planar: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path, capsys
+) -> None:
+    """A shipped world of rounded weights becomes the trunk; the energy score trains trunk and members."""
+    plain = MODEL | {"noise_dims": 4}
+    train(settings.world(planar, tokenizer_run, model=plain), tmp_path / "start", progress_bar=False)
+    words = ["export", str(tmp_path / "start"), "--out", str(tmp_path / "packed"), "--precision", "int8"]
+    assert cli.run(words) == 0, capsys.readouterr().err
+    shared = plain | {"members": 3, "member_rank": 2}
+    rows = {"objective": {"kind": "energy"}, "loop": {"steps": 4, "log_every": 2}}
+    tokenizer = tmp_path / "packed" / "tokenizer"  # rounded as well, and what it knows the world by
+    first = settings.world(
+        planar, tokenizer, model=shared, init=tmp_path / "packed", optim={"lr": 0.0, "muon_lr": 0.0}, **rows
+    )
+    train(first, tmp_path / "still", progress_bar=False)
+    packed, still = (open_world(tmp_path / name).model.state_dict() for name in ("packed", "still"))
+    for name, weight in packed.items():
+        assert torch.equal(still[name], weight), "the trunk is what was packed"
+    second = settings.world(planar, tokenizer, model=shared, init=tmp_path / "still", **rows)
+    train(second, tmp_path / "learnt", progress_bar=False)
+    learnt = open_world(tmp_path / "learnt").model.state_dict()
+    for name in (name for name in learnt if name.endswith(MEMBER_CHANGES)):
+        moved = (learnt[name] - still[name]).flatten(1).abs().amax(1)
+        assert bool((moved > 0).all()), f"{name}: each member learnt, from where it was"
+        assert float(moved.max()) < 0.1 * float(still[name].abs().max()), "and was not drawn anew"
 
 
 def test_clips_are_the_members_in_turn(settings: SimpleNamespace, planar: Path, tokenizer_run: Path) -> None:

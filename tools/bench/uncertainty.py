@@ -165,7 +165,7 @@ class Bench:
 
     def until(self, part: Part) -> float:
         """When a part has to end, on the monotonic clock."""
-        chosen = [one for one in PARTS if one in self.options.parts]
+        chosen: list[Part] = [one for one in PARTS if one in self.options.parts]
         whole = sum(SHARES[one] for one in chosen)
         before = sum(SHARES[one] for one in chosen if PARTS.index(one) <= PARTS.index(part))
         return self.began + before / whole * self.options.budget_s
