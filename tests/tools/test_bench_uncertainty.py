@@ -1,6 +1,7 @@
 """The uncertainty bench: a world that samples the truth passes every part, and one that does not fails."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,3 +345,53 @@ def test_the_budget_is_shared_by_the_parts_that_are_asked_for(bench):
     assert ends(*uncertainty.PARTS) == pytest.approx([50, 65, 80, 90, 100])
     assert ends("ood") == pytest.approx([100])
     assert ends("futures", "narrowing", "mass") == pytest.approx([37.5, 75, 100])
+
+
+def test_every_part_has_a_gpu_and_calibration_comes_first(bench, tmp_path, monkeypatch, capsys):
+    gpus, table = bench("uncertainty_gpus"), bench("table")
+    running, log = {}, []
+
+    class Process:
+        def __init__(self, command, env, **given):
+            self.words = command[1:]
+            self.name = next((word for word in ("calibrate", "--ways") if word in self.words), "")
+            log.append((self.words, env["CUDA_VISIBLE_DEVICES"], dict(running)))
+            running[id(self)] = self.words
+            if "uncertainty.py" in str(self.words[0]):
+                out = Path(self.words[self.words.index("--out") + 1])
+                row = {f"uncertainty.{out.stem}": (1.0, "1")}
+                table.add_rows(out, row, device="a GPU", command="measured")
+
+        def wait(self, timeout):
+            running.pop(id(self), None)
+            return int("--ways" in self.words)
+
+    for kind in ("rigid", "container", "paint"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        (tmp_path / "data" / kind / "manifest.json").write_text("{}")
+    monkeypatch.setattr(gpus.subprocess, "Popen", Process)
+    out = tmp_path / "rows.json"
+    out.write_text('[{"name": "earlier"}]')
+    words = ["--run", "runs/lab", "--data", tmp_path / "data", "--readout", "runs/readout",
+             "--figures", tmp_path / "figures", "--out", out, "--calibrate=--episodes 12"]  # fmt: skip
+    assert gpus.main([str(word) for word in words], "gpus") == 1
+    assert "failed: cost" in capsys.readouterr().out
+    assert log[0][0][:4] == ["-m", "vidworld", "calibrate", "runs/lab"]
+    assert log[0][0][-2:] == ["--episodes", "12"]
+    assert log[0][0][4:7] == [str(tmp_path / "data" / kind) for kind in ("container", "paint", "rigid")]
+    parts = {one[0][one[0].index("--parts") + 1 :][0]: one for one in log if "--parts" in one[0]}
+    for words, gpu, beside in log:
+        busy = [other for other in beside.values() if "calibrate" in other]
+        assert bool(busy) == ("--ways" in words or "ood" in words), "what needs the calibration waits for it"
+        assert gpu in "0123"
+    kinds = [one[0][one[0].index("--kinds") + 1 :] for one in log if "calibration" in one[0]]
+    assert [set(one) & {"rigid", "container", "paint", "smoke"} for one in kinds] == [
+        {"rigid", "container"}, {"paint"},
+    ]  # fmt: skip
+    assert len({log[0][1], parts["ood"][1], "2"}) == 3
+    assert parts["futures"][1] == "3"
+    names = [row["name"] for row in json.loads(out.read_text())]
+    assert names[0] == "earlier"
+    assert set(names[1:]) == {
+        f"uncertainty.{name}" for name in ("ood", "calibration-0", "calibration-1", "container")
+    }

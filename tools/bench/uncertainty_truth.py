@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from uncertainty_worlds import Window, read_windows
@@ -117,6 +118,8 @@ class Options:
     """Dataset of the container."""
     cache: Path = Path("outputs/truth")
     episodes: int = 24
+    split: str = "val"
+    half: Literal["evaluation", "both"] = "evaluation"
     workers: int = os.cpu_count() or 1
     truth: TruthConfig = field(default_factory=TruthConfig)
 
@@ -124,10 +127,11 @@ class Options:
 def main(arguments: Sequence[str], prog: str) -> None:
     """Fill the cache."""
     options = parse(Options, arguments, prog=prog)
-    windows = fitting(ShardDataset.open(options.data), options.truth, options.episodes)
+    dataset, half = ShardDataset.open(options.data), None if options.half == "both" else options.half
+    windows = fitting(dataset, options.truth, options.episodes, options.split, half)
     began = time.monotonic()
     with Pool(options.cache, options.truth, options.workers) as pool:
-        jobs = [pool.submit(window, ShardDataset.open(options.data).manifest.height) for window in windows]
+        jobs = [pool.submit(window, dataset.manifest.height) for window in windows]
         for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
             job.result()
             print(f"{number} of {len(jobs)} after {time.monotonic() - began:.0f} s", flush=True)
