@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+import vidworld.model.compile as compile_module
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.loader import LoaderConfig
 from vidworld.diffusion.objective import EnergyConfig, ObjectiveConfig
@@ -17,8 +18,10 @@ from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.trainer.feed import clip_kinds
+from vidworld.trainer.loop import Loop
 from vidworld.trainer.optim import OptimConfig, build_optimizers
 from vidworld.trainer.tasks import Moment, TokenizerTask, WorldTask
+from vidworld.trainer.train import train
 from vidworld.trainer.warm_up import (
     ClipShape,
     clip_shapes,
@@ -173,3 +176,43 @@ def test_a_tokenizer_is_compiled_before_its_first_step():
     batch = replace(batch, latents_BTVChw=None, video_BTVCHW=video)
     task(batch, rng, Moment())["loss"].backward()
     assert graphs.frame_count == made, "a real batch needs no other graph"
+
+
+@pytest.mark.parametrize("warmed", [True, False])
+def test_a_real_run_makes_its_graphs_before_its_first_step(
+    warmed, latents, tokenizer_run, settings, tmp_path, monkeypatch
+):
+    """Through loader, engine, Muon, averages, looks and checkpoints, from the first step past the bootstrap.
+
+    Without the warm-up, the negative control, the bootstrap and the imagined histories compile on their way.
+    """
+    graphs, made, breaks = CompileCounter(), [], []
+    plain = compile_module.compile_blocks
+    monkeypatch.setattr(compile_module, "compile_blocks", lambda model: plain(model, backend=graphs))
+    if not warmed:
+        monkeypatch.setattr("vidworld.trainer.warm_up.warm_up", lambda *_: 0.0)
+    step = Loop.step
+
+    def counted(self, micro_batches):
+        made.append(graphs.frame_count)
+        breaks.append(sum(counters["graph_break"].values()))
+        step(self, micro_batches)
+
+    monkeypatch.setattr(Loop, "step", counted)
+    training = settings.world(
+        latents,
+        tokenizer_run,
+        engine={"compile": "on"},
+        objective={"resample_fraction": 0.3, "resample_start": 0.3, "bootstrap_start": 0.2},
+        optim={"name": "muon"},
+        loop={"steps": 12, "log_every": 4, "save_every": 6},
+        look={"validate_every": 5, "sample_every": 0, "validate_batches": 1, "horizon": 2},
+    )
+    train(training, tmp_path / "run", progress_bar=False)
+    assert len(made) == 12
+    if warmed:
+        assert made[0] > 0
+        assert graphs.frame_count == made[0], "not one after the warm-up, at the end neither"
+        assert breaks == breaks[:1] * 12
+    else:
+        assert graphs.frame_count > made[4] > made[0] == 0
