@@ -28,6 +28,7 @@ from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Loop, LoopConfig, noise_generator
 from vidworld.trainer.optim import OptimConfig
 from vidworld.trainer.tasks import Moment, WorldTask
+from vidworld.trainer.transfer import Transfer
 
 Ours = Literal["ours", "muon", "half_residual", "bare", "zero1", "zero2", "zero3", "fsdp2"]
 Variant = Ours | Literal["naive", "naive_compiled", "naive_full"]
@@ -287,8 +288,9 @@ def loader_config(case: Case) -> LoaderConfig:
 
 def device_batches(case: Case) -> Generator[Any, None, None]:
     """The same batches as in our loop, on the device."""
+    transfer = Transfer(case.device)
     for batch in clip_feed(case.data, loader_config(case), seed=0).open(0):
-        yield batch.to(case.device, non_blocking=True)
+        yield from transfer([batch])
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from vidworld.trainer.saving import Saving
 from vidworld.trainer.spike import SpikeWatch
 from vidworld.trainer.state import TrainingState
 from vidworld.trainer.tasks import Moment, Task
+from vidworld.trainer.transfer import Transfer
 from vidworld.trainer.upload import Uploader
 from vidworld.types import Batch
 
@@ -116,6 +117,7 @@ class Loop:
         self._wait_s, self._since = 0.0, time.perf_counter()
         self._frames, self._steps_logged = 0, 0
         self._batches: Iterator[Batch] = iter(())
+        self._transfer = Transfer(engine.device)
 
     def fit(self) -> None:
         """Train to the end, and leave a checkpoint there.
@@ -293,7 +295,7 @@ class Loop:
         assert len(fetched) == self.accumulation, "the feed is endless"
         self._recent.append(tuple(name for batch in fetched for name in batch.ids))
         self._frames += sum(batch.proprio_BTS.shape[:2].numel() for batch in fetched)
-        return [batch.to(self.engine.device, non_blocking=True) for batch in fetched]
+        return self._transfer(fetched)
 
     def _shares(self, micro_batches: Sequence[Batch]) -> list[float | Tensor]:
         """What each micro-batch's mean counts for, so that together they are the mean of one large batch.
