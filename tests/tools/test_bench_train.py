@@ -120,3 +120,25 @@ def test_a_size_that_is_none_is_one_line(tmp_path):
     assert done.returncode == 1
     assert "--sizes: got large, expected LAYERSxWIDTH" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_forecast_knows_what_compiles(monkeypatch):
+    """Of the first variant's time until one of the kind was measured, and then as the longest of the kind."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    from train_forecast import GUESS, Forecast
+
+    forecast = Forecast()
+    assert forecast.seconds("ours") == 0, "the first is measured in any case"
+    forecast.took_s["ours"] = 80.0
+    assert forecast.seconds("bare") == GUESS["shared"] * 80
+    assert forecast.seconds("naive_compiled") == GUESS["own"] * 80
+    forecast.took_s |= {"bare": 12.0, "zero1": 20.0, "fsdp2": 45.0}
+    assert forecast.seconds("muon") == 20
+    assert forecast.seconds("half_residual") == 45
+    assert forecast.seconds("naive") == GUESS["eager"] * 80
+    alone = Forecast({"naive": 20.0})
+    assert alone.seconds("ours") == GUESS["own"] * 20, "nobody has compiled its blocks"
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
