@@ -64,7 +64,7 @@ class Options:
     cases: tuple[str, ...] = ("lab", "12x768")
     variants: tuple[Variant, ...] = ("ddp",)
     """`ddp` on all of `gpus`, the others on most of them; `muon_bf16` is sharded too."""
-    seconds: float = 12.0
+    seconds: float = 15.0
     """Of training, from the first log line on."""
     log_every: int = 10
     """Steps of a log line."""
