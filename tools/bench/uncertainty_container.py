@@ -54,14 +54,14 @@ class Futures:
         count = len(self.world)
         said = f"1, {count} episodes before contact"
         rows = {
-            "uncertainty.wasserstein_ratio": (sum(self.world) / sum(self.truth), said),
-            "uncertainty.wasserstein_ratio.uniform": (sum(self.uniform) / sum(self.truth), said),
+            "uncertainty.wasserstein_ratio": (_ratio(self.world, self.truth), said),
+            "uncertainty.wasserstein_ratio.uniform": (_ratio(self.uniform, self.truth), said),
             "uncertainty.energy_test.rejected": (float(np.mean(np.array(self.p_world) < 0.05)), "at 5 %"),
             "uncertainty.energy_test.rejected.truth": (
                 float(np.mean(np.array(self.p_truth) < 0.05)),
                 "two true ensembles",
             ),
-            "uncertainty.crps_ratio_oracle.container": (sum(self.crps_world) / sum(self.crps_truth), said),
+            "uncertainty.crps_ratio_oracle.container": (_ratio(self.crps_world, self.crps_truth), said),
             "uncertainty.outside_support": (float(np.mean(self.outside_world)), "share of samples"),
             "uncertainty.outside_support.truth": (
                 float(np.mean(self.outside_truth)),
@@ -69,6 +69,11 @@ class Futures:
             ),
         }
         return {name: row for name, row in rows.items() if np.isfinite(row[0])}
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Of sums; not a number where all true futures are one."""
+    return sum(above) / sum(below) if sum(below) else float("nan")
 
 
 def compare_futures(

@@ -197,15 +197,18 @@ class Pool:
         recorded = Recorded.of(window.episode, size, window.key)
         facts = [VERSION, dataclasses.asdict(self.config), recorded.meta["outcome"]["readouts"]]
         path = self.cache / f"{window.key}-{digest(facts)}.npz"
+        if path.is_file():  # no process is started where all are there
+            done: concurrent.futures.Future[Path] = concurrent.futures.Future()
+            done.set_result(path)
+            return done
         return self._pool.submit(_made, recorded, self.config, path)
 
 
 def _made(recorded: Recorded, config: TruthConfig, path: Path) -> Path:
-    if not path.is_file():
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **_arrays(make(recorded, config)))  # type: ignore[arg-type]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, buffer.getvalue())
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **_arrays(make(recorded, config)))  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
     return path
 
 
