@@ -109,6 +109,52 @@ def test_the_table_is_the_mean_over_seeds(bench: SimpleNamespace, tmp_path: Path
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
+def test_the_default_is_the_best_that_is_sharp_and_quick(bench: SimpleNamespace) -> None:
+    def seed(number: int, **rows: tuple[float, float]) -> dict:
+        measured = {
+            key.replace("_", "."): dict.fromkeys(bench.table.UNITS, 1.0)
+            | {"sharpness": sharpness, "crps_moving": crps + 0.01 * number}
+            for key, (sharpness, crps) in rows.items()
+        }
+        return {
+            "seed": number,
+            "device": "a GPU",
+            "steps": {"shortcut": 9, "energy": 9, "flow": 9},
+            "measured": measured,
+        }
+
+    def default(**rows: tuple[float, float]) -> str | None:
+        return bench.table.default_of([seed(number, **rows) for number in range(3)])
+
+    shortcuts = {"shortcut_k1": (0.9, 0.5), "shortcut_k4": (1.0, 0.4)}
+    assert default(**shortcuts, energy_k1=(0.95, 0.3), flow_k64=(1.0, 0.1)) == "energy.k1", (
+        "64 steps are many"
+    )
+    assert default(**shortcuts, energy_k1=(0.5, 0.3)) == "shortcut.k4", "blurred"
+    assert default(shortcut_k1=(1.0, 0.4), shortcut_k4=(1.0, 0.398)) == "shortcut.k1", "as good in fewer"
+    assert default(flow_k4=(1.0, 0.3)) is None
+    found = [seed(0, **shortcuts)]
+    assert "Default: shortcut in 4 steps a frame" in bench.table.markdown(found)
+
+
+def test_speed_is_told_by_one_seed(bench: SimpleNamespace, tmp_path: Path) -> None:
+    figures = dict.fromkeys(bench.table.UNITS, 1.0)
+    timeless = {name: value for name, value in figures.items() if not name.startswith("fps")}
+    found = [
+        {"seed": seed, "device": "a GPU", "steps": {"shortcut": 9}, "measured": {"shortcut.k1": cells}}
+        for seed, cells in enumerate((figures, timeless))
+    ]
+    assert bench.table.rows_of(found)["objectives.shortcut.k1.fps"][1] == "frames/s, mean of 1 seeds"
+    assert bench.table.rows_of(found[1:]).keys() == bench.table.rows_of(found).keys() - {
+        "objectives.shortcut.k1.fps",
+        "objectives.shortcut.k1.fps_alone",
+    }
+    assert {line.count("|") for line in bench.table.markdown(found[1:]).splitlines()[:3]} == {
+        len(bench.table.COLUMNS) + 4
+    }
+    bench.table.paint(found[1:], tmp_path / "table.png")
+
+
 @pytest.mark.slow
 def test_from_episodes_to_rows(tmp_path: Path) -> None:
     data = tmp_path / "planar"

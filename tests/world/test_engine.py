@@ -70,6 +70,22 @@ def test_float32_is_close(world, prompt, actions):
     assert worst(RolloutEngine(world).rollout(state, given), world.rollout(state, given)) < CLOSE
 
 
+def test_the_stream_between_blocks_in_half_precision(new_world, prompt, actions):
+    """By the engine's choice or the network's, which give the same numbers; not those of a wide stream."""
+    world = new_world(noise_dims=3)
+    state, given = world.reset(prompt(world, 8), num_samples=2), actions(world, 6)
+    wide = RolloutEngine(world, half=True).rollout(state, given)
+    narrow = RolloutEngine(world, half=True, residual="autocast").rollout(state, given)
+    assert world.model.config.residual == "float32", "the world keeps its own"
+    world.model.config = dataclasses.replace(world.model.config, residual="autocast")
+    trained = RolloutEngine(world, half=True).rollout(state, given)
+    assert worst(narrow, trained) == 0
+    exact = world.rollout(state, given).latents_BTVChw
+    assert worst(narrow, wide) > 0
+    rounded = [float((one.latents_BTVChw - exact).abs().mean()) for one in (narrow, wide)]
+    assert rounded[0] < 3 * rounded[1] < 0.05, rounded
+
+
 def test_several_robots_views_and_padding(new_world, contract, prompt):
     """Two embodiments of other widths side by side, two views."""
     robots = (contract("arm", 3, 4), contract("hand", 2, 5))

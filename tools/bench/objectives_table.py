@@ -23,6 +23,10 @@ UNITS = {
     "fps": "frames/s",
     "fps_alone": "frames/s",
 }
+MOST_STEPS = 4
+"""A default must roll out in real time."""
+SHARP = 0.9
+"""Of the sharpness of the sharpest shortcut: below it a low CRPS may be bought with blur."""
 COLUMNS = (
     ("sharpness", "sharpness (1)"),
     ("psnr", "PSNR, dB"),
@@ -45,8 +49,9 @@ PANELS = (
 
 
 def values_of(found: Sequence[Found], key: str, metric: str) -> list[float]:
-    """Of all seeds that have it."""
-    return [one["measured"][key][metric] for one in found if key in one["measured"]]
+    """Of all seeds that have it; frames a second are measured of one alone."""
+    cells = [one["measured"].get(key, {}) for one in found]
+    return [cell[metric] for cell in cells if metric in cell]
 
 
 def keys_of(found: Sequence[Found]) -> list[str]:
@@ -60,6 +65,8 @@ def rows_of(found: Sequence[Found]) -> dict[str, tuple[float, str]]:
     for key in keys_of(found):
         for metric, unit in UNITS.items():
             values = values_of(found, key, metric)
+            if not values:
+                continue
             text = f"{unit}, mean of {len(values)} seeds"
             if len(values) > 1:
                 text += f", standard deviation {statistics.stdev(values):.3g}"
@@ -80,6 +87,9 @@ def markdown(found: Sequence[Found]) -> str:
         cells = [name, steps, f"{statistics.fmean(counts):,.0f}"]
         for metric, _ in COLUMNS:
             values = values_of(found, key, metric)
+            if not values:
+                cells.append("")
+                continue
             mean = statistics.fmean(values)
             text = f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
             if len(values) > 1 and not metric.startswith("fps"):
@@ -87,7 +97,42 @@ def markdown(found: Sequence[Found]) -> str:
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")
     seeds = ", ".join(str(one["seed"]) for one in found)
-    return "\n".join(lines) + f"\n\nSeeds {seeds}; {found[0]['device']}.\n"
+    return "\n".join(lines) + f"\n\nSeeds {seeds}; {found[0]['device']}. {verdict(found)}\n"
+
+
+def default_of(found: Sequence[Found]) -> str | None:
+    """NAME.kSTEPS that the table speaks for, None where no seed has shortcuts.
+
+    Of what a real-time rollout can afford, at most `MOST_STEPS`, and what is nearly as sharp as the sharpest
+    shortcut: that of least CRPS over moving latents. Another one within a standard error over seeds, of fewer
+    steps, is preferred.
+    """
+    few = [key for key in keys_of(found) if int(key.rpartition(".k")[2]) <= MOST_STEPS]
+    sharp = {key: statistics.fmean(values_of(found, key, "sharpness")) for key in few}
+    shortcuts = [value for key, value in sharp.items() if key.startswith("shortcut.")]
+    if not shortcuts:
+        return None
+    scores = {
+        key: values_of(found, key, "crps_moving") for key in few if sharp[key] >= SHARP * max(shortcuts)
+    }
+    means = {key: statistics.fmean(values) for key, values in scores.items()}
+    best = min(means, key=lambda key: means[key])
+    values = scores[best]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    good = [key for key, mean in means.items() if mean <= means[best] + error]
+    return min(good, key=lambda key: (int(key.rpartition(".k")[2]), means[key]))
+
+
+def verdict(found: Sequence[Found]) -> str:
+    """The default in words."""
+    key = default_of(found)
+    if key is None:
+        return "No default: shortcuts are not measured yet."
+    name, _, steps = key.rpartition(".k")
+    return (
+        f"Default: {name} in {steps} step{'s' if steps != '1' else ''} a frame, the least CRPS over moving "
+        f"latents of what takes at most {MOST_STEPS} steps and is at least {SHARP:.0%} as sharp as shortcuts."
+    )
 
 
 def paint(found: Sequence[Found], path: Path) -> None:
@@ -106,6 +151,8 @@ def paint(found: Sequence[Found], path: Path) -> None:
             values = values_of(found, key, metric)
             color = COLORS[names.index(key.rpartition(".k")[0])]
             axes.scatter([column] * len(values), values, s=22, color=color, zorder=3)
+            if not values:
+                continue
             axes.hlines(statistics.fmean(values), column - 0.3, column + 0.3, color=color, linewidth=2)
         if metric.startswith("fps"):
             axes.set_yscale("log")

@@ -4,11 +4,13 @@
     python tools/bench/rollout.py --cases lab.b1.k1         # the world that comes along, on one core
 
 Weights are random but for `lab`: speed does not depend on them. Every row is written as soon as it is
-measured. A frame is denoised and committed; rows ending in `.decoded` also make its pixels, nothing is
+measured, first what counts most: the fastest variant of every case, then pixels and latency, then the other
+variants. A frame is denoised and committed; rows ending in `.decoded` also make its pixels, nothing is
 encoded. The window is full from the first measured frame on, and the first rollout of each (compilation,
 capture) is not measured.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -40,7 +42,8 @@ from vidworld.world.spec import SamplerConfig, WorldSpec
 from vidworld.world.state import Observation, Rollout, WorldState
 from vidworld.world.world import WorldModel
 
-Variant = Literal["plain", "engine", "half", "compiled"]
+Variant = Literal["plain", "engine", "half", "compiled", "lean"]
+"""`lean` is `compiled` with the stream between blocks in half precision."""
 
 SIZES: dict[str, tuple[DiTConfig, int]] = {
     "24x1024": (DiTConfig(width=1024, depth=24, num_heads=16, num_kv_heads=4), 256),
@@ -52,8 +55,11 @@ SIZES: dict[str, tuple[DiTConfig, int]] = {
 
 SHIPPED = "lab"
 """The world that comes with the package, in place of a size."""
-GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "16x512.b1.k4", "12x384.b1.k1")
+GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "12x384.b1.k1")
 CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
+GPU_VARIANTS: tuple[Variant, ...] = ("compiled", "lean", "engine", "plain")
+CPU_VARIANTS: tuple[Variant, ...] = ("engine", "plain", "half", "compiled")
+"""In the order of what counts: the first is measured for all cases before anything else is."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Options:
     cases: tuple[str, ...] = ()
     """SIZE.bBATCH.kSTEPS each, of the sizes above; default: those of the device."""
     variants: tuple[Variant, ...] = ()
-    """Default: engine, plain and compiled; on a CPU also half."""
+    """Default: compiled, lean, engine and plain; on a CPU engine, plain, half and compiled."""
     window: int = 16
     frames: int = 32
     """Frames of each measured rollout."""
@@ -130,72 +136,145 @@ def main(arguments: Sequence[str], prog: str) -> None:
     options = parse(Options, arguments, prog=prog)
     gpu = options.device == "cuda"
     cases = [Case.parse(text) for text in options.cases or (GPU_CASES if gpu else CPU_CASES)]
-    torch.set_num_threads(options.threads)
+    # On a GPU the processor only makes the weights.
+    torch.set_num_threads(min(16, os.cpu_count() or 1) if gpu else options.threads)
     rows = Rows(options, arguments)
     limits = machine(torch.device(options.device))
-    print(
-        f"{rows.device}: matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bytes_per_s / 1e9:.4g} GB/s"
-    )
+    rates = f"matmul {limits.flops / 1e12:.3g} TFLOP/s, copy {limits.bytes_per_s / 1e9:.4g} GB/s"
+    print(f"{rows.device}: {rates}", flush=True)
+    bench = Bench(options, rows, limits)
+    variants = options.variants or (GPU_VARIANTS if gpu else CPU_VARIANTS)
+    for variant in variants:
+        measured = []
+        for case in cases:
+            if rows.has_time(f"{case.name}.{variant}"):
+                bench.measure(case, variant, decoded=variant != variants[0])
+                measured.append(case)
+        if variant == variants[0]:
+            for case in measured:
+                if rows.has_time(f"{case.name}.{variant} with its pixels"):
+                    bench.look(case, variant)
     for case in cases:
-        if rows.has_time(case.name):
-            measure(case, options, rows, limits)
+        if rows.has_time(f"noise of {case.name}"):
+            bench.noise(case, compiled=bool({"compiled", "lean"} & set(variants)))
 
 
-@torch.no_grad()
-def measure(case: Case, options: Options, rows: Rows, limits: Machine) -> None:
-    """All variants of one case."""
-    gpu = options.device == "cuda"
-    shipped = case.size == SHIPPED
-    world = load(SHIPPED, options.device) if shipped else make_world(*SIZES[case.size], options)
-    spec = world.spec
-    sampler = replace(spec.sampler, steps=case.steps)
-    state = world.reset(full_prompt(spec, sampler), num_samples=case.batch, sampler=sampler)
-    middle_A = np.array(spec.contracts[0].action_statistics.mean, np.float32)
-    actions = np.tile(middle_A, (options.frames, 1))
-    kind = "fps" if gpu else "cpu_fps"
-    unit = (
-        f"frames/s; commit in, decode and encode out, window {sampler.window} full, "
-        f"{world.model.tokens_per_frame} tokens a frame"
-    )
-    unit += "" if gpu else f", CPU seconds, {options.threads} thread(s)"
-    bound = frames_per_s_bound(world.model, case.batch, case.steps, sampler.window, limits, half=gpu)
-    rows.add(f"rollout.{kind}.{case.name}.roofline", bound, "frames/s that this run's matmul and copy allow")
-    best = 0.0
-    default: tuple[Variant, ...] = (
-        ("engine", "plain", "compiled") if gpu else ("engine", "plain", "half", "compiled")
-    )
-    for variant in options.variants or default:
-        name = f"rollout.{kind}.{case.name}.{variant}"
-        if not rows.has_time(name):
-            continue
-        run = runner(variant, world, sampler)
-        began = time.monotonic()
-        for decoded in (False, True):
-            per_s = frames_per_s(run, state, actions, decoded, options)
-            what = unit.replace("decode and encode out", "decode in, encode out") if decoded else unit
-            rows.add(f"{name}.decoded" if decoded else name, per_s, what)
-            if variant != "plain" and not decoded and per_s > best:
-                best = per_s
-                rows.add(f"rollout.{kind}.{case.name}", best, unit)
-            if shipped and variant == "engine" and decoded:
-                rows.add(f"rollout.{kind}.flagship", per_s, what)
-        print(f"{variant}: {time.monotonic() - began:.0f} s with warming up")
+class Bench:
+    """Worlds, states and engines of the cases, made when they are asked for."""
+
+    def __init__(self, options: Options, rows: Rows, limits: Machine) -> None:
+        self.options, self.rows, self.limits = options, rows, limits
+        self.gpu = options.device == "cuda"
+        self.kind = "fps" if self.gpu else "cpu_fps"
+        self._worlds: dict[str, WorldModel] = {}
+        self._states: dict[Case, WorldState] = {}
+        self._engines: dict[Case, RolloutEngine | Plain] = {}
+        self._best: dict[Case, float] = {}
+
+    def world(self, case: Case) -> WorldModel:
+        """Of the case's size."""
+        if case.size not in self._worlds:
+            began = time.monotonic()
+            shipped, device = case.size == SHIPPED, self.options.device
+            self._worlds[case.size] = (
+                load(SHIPPED, device) if shipped else make_world(*SIZES[case.size], self.options)
+            )
+            print(f"{case.size}: made in {time.monotonic() - began:.0f} s", flush=True)
+        return self._worlds[case.size]
+
+    def sampler(self, case: Case) -> SamplerConfig:
+        """The world's own in as many steps as asked."""
+        return replace(self.world(case).spec.sampler, steps=case.steps)
+
+    def state(self, case: Case) -> WorldState:
+        """With a full window; the limit of the machine is said with it."""
+        if case not in self._states:
+            world, sampler = self.world(case), self.sampler(case)
+            self._states[case] = world.reset(
+                full_prompt(world.spec, sampler), num_samples=case.batch, sampler=sampler
+            )
+            bound = frames_per_s_bound(
+                world.model, case.batch, case.steps, sampler.window, self.limits, half=self.gpu
+            )
+            unit = "frames/s that this run's matmul and copy allow"
+            self.rows.add(f"rollout.{self.kind}.{case.name}.roofline", bound, unit)
+        return self._states[case]
+
+    def actions(self, case: Case, frames: int) -> np.ndarray:
+        """The middle of what was recorded, frame after frame."""
+        contract = self.world(case).spec.contracts[0]
+        return np.tile(np.array(contract.action_statistics.mean, np.float32), (frames, 1))
+
+    def unit(self, case: Case, decoded: bool) -> str:
+        """What a frame is here."""
+        unit = "frames/s; commit in, " + ("decode in, encode out" if decoded else "decode and encode out")
+        tokens = self.world(case).model.tokens_per_frame
+        unit += f", window {self.sampler(case).window} full, {tokens} tokens a frame"
+        return unit + ("" if self.gpu else f", CPU seconds, {self.options.threads} thread(s)")
+
+    @torch.no_grad()
+    def measure(self, case: Case, variant: Variant, *, decoded: bool) -> None:
+        """Frames a second of a variant, without pixels and with `decoded` also with them."""
+        began, state = time.monotonic(), self.state(case)
+        run = runner(variant, self.world(case), self.sampler(case))
+        # The plain world only says where one began: a few frames of it do.
+        short = self.gpu and variant == "plain"
+        options = replace(self.options, repeats=2) if short else self.options
+        actions = self.actions(case, 8 if short else self.options.frames)
+        name = f"rollout.{self.kind}.{case.name}"
+        for pixels in (False, True)[: 1 + decoded]:
+            per_s = frames_per_s(run, state, actions, pixels, options)
+            what = self.unit(case, pixels)
+            self.rows.add(f"{name}.{variant}" + ".decoded" * pixels, per_s, what)
+            if variant != "plain" and not pixels and per_s > self._best.get(case, 0.0):
+                self._best[case] = per_s
+                self.rows.add(name, per_s, what)
+            if case.size == SHIPPED and variant == "engine" and pixels:
+                self.rows.add(f"rollout.{self.kind}.flagship", per_s, what)
+        print(f"{case.name} {variant}: {time.monotonic() - began:.0f} s with warming up", flush=True)
+        if decoded:
+            self._check(case, variant, run)
+        else:
+            self._engines[case] = run
+
+    @torch.no_grad()
+    def look(self, case: Case, variant: Variant) -> None:
+        """What a variant that was measured without pixels takes with them, and whether they are right."""
+        run = self._engines.pop(case)
+        per_s = frames_per_s(
+            run, self.state(case), self.actions(case, self.options.frames), True, self.options
+        )
+        name = f"rollout.{self.kind}.{case.name}.{variant}.decoded"
+        self.rows.add(name, per_s, self.unit(case, decoded=True))
+        self._check(case, variant, run)
+
+    def _check(self, case: Case, variant: Variant, run: "RolloutEngine | Plain") -> None:
+        """How far from the plain world, and at batch 1 the time from an action to its pixels."""
+        world, state, actions = self.world(case), self.state(case), self.actions(case, 8)
         if isinstance(run, RolloutEngine):
-            unit_of = "of 255: mean difference of pixels over 8 frames, to plain"
-            rows.add(f"{name}.difference", difference(world, run, state, actions[:8]), unit_of)
-        if case.batch == 1 and rows.has_time(f"{name} latency"):
+            unit = "of 255: mean difference of pixels over 8 frames, to plain"
+            name = f"rollout.{self.kind}.{case.name}.{variant}.difference"
+            self.rows.add(name, difference(world, run, state, actions), unit)
+        if case.batch == 1 and self.rows.has_time(f"latency of {case.name}.{variant}"):
+            options = replace(self.options, latency_steps=20) if variant == "plain" else self.options
             for quantile, value in latency_ms(run, state, actions[0], options).items():
                 latency = f"rollout.latency_ms.{case.name}.{variant}.{quantile}"
-                rows.add(latency, value, "ms from an action to its pixels, both on the host")
-    compiled = bool({"compiled"} & set(options.variants or default))
-    noise = NoiseAhead(spec.shape, 0, case.batch, dtype=world.dtype, device=world.device, compile=compiled)
+                self.rows.add(latency, value, "ms from an action to its pixels, both on the host")
 
-    def draw() -> None:
-        noise.load(0, state.sample_ids_B)
-        noise.go_to(0)
+    @torch.no_grad()
+    def noise(self, case: Case, *, compiled: bool) -> None:
+        """What drawing the noise of a frame takes."""
+        world, state = self.world(case), self.state(case)
+        shape, options = world.spec.shape, self.options
+        noise = NoiseAhead(shape, 0, case.batch, dtype=world.dtype, device=world.device, compile=compiled)
 
-    per_frame = statistics.median(timed(draw, options, options.repeats)) / noise.ahead
-    rows.add(f"rollout.{kind}.noise_ms.{case.name}", 1e3 * per_frame, f"ms a frame, {noise.ahead} at once")
+        def draw() -> None:
+            noise.load(0, state.sample_ids_B)
+            noise.go_to(0)
+
+        per_frame = statistics.median(timed(draw, options, options.repeats)) / noise.ahead
+        name = f"rollout.{self.kind}.noise_ms.{case.name}"
+        self.rows.add(name, 1e3 * per_frame, f"ms a frame, {noise.ahead} at once")
 
 
 class Plain:
@@ -231,6 +310,8 @@ def runner(variant: Variant, world: WorldModel, sampler: SamplerConfig) -> "Roll
             return RolloutEngine(world, sampler=sampler, half=True)
         case "compiled":
             return RolloutEngine(world, sampler=sampler, compile=True)
+        case "lean":
+            return RolloutEngine(world, sampler=sampler, compile=True, residual="autocast")
     raise ConfigError("--variants", got=variant)
 
 

@@ -68,6 +68,18 @@ class Slots:
     """The keys, turned to where they stand in time now."""
 
 
+@dataclass(frozen=True)
+class New:
+    """What a time attention makes of the new frames."""
+
+    query: Tensor
+    """[B * N, H, F, d], turned."""
+    key: Tensor
+    """[B * N, h, F, d], not turned, as the slots keep it."""
+    turned: Tensor
+    value: Tensor
+
+
 class StreamedDiT:
     """A network and the buffers of a rollout of B samples. Inference only.
 
@@ -103,7 +115,7 @@ class StreamedDiT:
         self.now, self.before = self._instant(clock.at(0)), self._instant(clock.at(0))
         wrap = compiler or (lambda function: function)
         self._space, self._time_in, self._out = wrap(_space), wrap(_time_in), wrap(_out)
-        self._turn = wrap(_turn)
+        self._turn, self._embed, self._predict = wrap(_turn), wrap(_embed), wrap(_predict)
 
     def load(self, ring: RingCache) -> None:
         """Take over a ring's frames."""
@@ -158,50 +170,48 @@ class StreamedDiT:
         other. `first`: the first pass of a frame. `full`: all slots are in sight, now and before.
         """
         model = self.model
-        frames = model.unpadded(frames, embodiment_B)
-        x_BFND = model.token_embedding(frames, actions_BFkD, embodiment_B)
+        x_BFND = self._embed(model, frames, actions_BFkD, embodiment_B)
+        if model.config.residual == "autocast":
+            x_BFND = x_BFND.to(compute_dtype(x_BFND))
         space = model.space_axis(self.in_space, x_BFND, embodiment_B)
         backend = resolve_backend(model.config.attention, self.device, compute_dtype(x_BFND), 0)
         backend = "sdpa" if not full or backend == "flex" else backend
         parts_of = [tuple(part[:, rows] for part in parts) for parts in modulation]
+        turns_Fd = self._turns(x_BFND.shape[1], commits)
         for layer, block in enumerate(self._blocks()):
             parts = parts_of[layer]
             x_BFND = self._space(block, x_BFND, parts[:3], space)
             if layer in self.slots:
-                q, k, v = self._time_in(block, x_BFND, parts[3:5])
-                mixed = self._attend(self.slots[layer], q, KeyValue(k, v), commits, first, full, backend)
+                q, k, turned, v = self._time_in(block, x_BFND, parts[3:5], turns_Fd)
+                new = New(q, k, turned, v)
+                mixed = self._attend(self.slots[layer], new, commits, first, full, backend)
                 x_BFND = self._out(block, x_BFND, mixed, parts[5:])
             else:
                 x_BFND = self._out(block, x_BFND, None, parts[3:])
-        prediction = model.predict(x_BFND, parts_of[-1], embodiment_B)
-        return prediction.map(lambda output, like: output.to(like.dtype), frames)
+        return self._predict(model, x_BFND, parts_of[-1], embodiment_B, frames)
+
+    def _turns(self, num_frames: int, commits: bool) -> Rotation:
+        """Of each new frame [F, d/2]: the frame before if it commits, then versions of the frame now."""
+        times = [self.before.query] * commits + [self.now.query] * (num_frames - commits)
+        return Rotation(torch.cat([one.cos for one in times]), torch.cat([one.sin for one in times]))
 
     def _attend(
-        self,
-        slots: Slots,
-        q_GHFd: Tensor,
-        new: KeyValue,
-        commits: bool,
-        first: bool,
-        full: bool,
-        backend: Backend,
+        self, slots: Slots, new: New, commits: bool, first: bool, full: bool, backend: Backend
     ) -> Tensor:
         """Each new frame in turn takes its slot and looks at all; [G, H, F, d]."""
         mixed: list[Tensor] = []
-        for index in range(q_GHFd.shape[2]):
+        for index in range(new.query.shape[2]):
             at = slice(index, index + 1)
             committing = commits and index == 0
             moment = self.before if committing else self.now
-            key, value = new.key[:, :, at], new.value[:, :, at]
             if committing:
-                slots.key.index_copy_(2, moment.slot, key)
+                slots.key.index_copy_(2, moment.slot, new.key[:, :, at])
             elif first and index == int(commits):
                 self._turn(slots.rotated, slots.key, moment.key)
-            slots.rotated.index_copy_(2, moment.slot, rotate(key, moment.query))
-            slots.value.index_copy_(2, moment.slot, value)
+            slots.rotated.index_copy_(2, moment.slot, new.turned[:, :, at])
+            slots.value.index_copy_(2, moment.slot, new.value[:, :, at])
             mask = None if full else moment.seen_1W
-            query = rotate(q_GHFd[:, :, at], moment.query)
-            mixed.append(attend(query, slots.rotated, slots.value, mask, backend))
+            mixed.append(attend(new.query[:, :, at], slots.rotated, slots.value, mask, backend))
         return torch.cat(mixed, 2) if len(mixed) > 1 else mixed[0]
 
     def _instant(self, moment: Moment) -> Instant:
@@ -224,12 +234,14 @@ def _space(block: Block, x_BFND: Tensor, parts: tuple[Tensor, ...], space: Axis)
     return x_BFND + gate * h_GnD.unflatten(0, x_BFND.shape[:2])
 
 
-def _time_in(block: Block, x_BFND: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B * N, H, F, d], keys and values [B * N, h, F, d]."""
+def _time_in(
+    block: Block, x_BFND: Tensor, parts: tuple[Tensor, ...], turns_Fd: Rotation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Turned queries [B * N, H, F, d]; keys, turned keys and values [B * N, h, F, d]."""
     assert block.time is not None
     shift, scale = parts
     q_GHFd, new = block.time.project(modulate(x_BFND, shift, scale).transpose(1, 2).flatten(0, 1))
-    return q_GHFd, new.key, new.value
+    return rotate(q_GHFd, turns_Fd), new.key, rotate(new.key, turns_Fd), new.value
 
 
 def _out(block: Block, x_BFND: Tensor, mixed_GHFd: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
@@ -243,3 +255,18 @@ def _out(block: Block, x_BFND: Tensor, mixed_GHFd: Tensor | None, parts: tuple[T
 
 def _turn(rotated: Tensor, key: Tensor, rotation: Rotation) -> None:
     rotated.copy_(rotate(key, rotation))
+
+
+def _embed(model: CausalDiT, frames: Frames, actions_BFkD: Tensor, embodiment_B: Tensor) -> Tensor:
+    return model.token_embedding(model.unpadded(frames, embodiment_B), actions_BFkD, embodiment_B)
+
+
+def _predict(
+    model: CausalDiT, x_BFND: Tensor, parts: tuple[Tensor, ...], embodiment_B: Tensor, like: Frames
+) -> Frames:
+    """Clean frames in the dtypes of `like`."""
+    prediction = model.predict(x_BFND, parts, embodiment_B)
+    return Frames(
+        prediction.latents_BTVChw.to(like.latents_BTVChw.dtype),
+        prediction.proprio_BTS.to(like.proprio_BTS.dtype),
+    )

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class RolloutEngine:
     each frame as one graph. Either falls back with a warning where it fails. half: bfloat16 autocast; by
     default as the world, which has it on CUDA alone. A CPU with bfloat16 instructions is about twice as fast
     with it, and others are slower. Under autocast the engine holds half-precision copies of the weights: make
-    another engine when they change.
+    another engine when they change. residual: what the stream between blocks is kept in under autocast, by
+    default as in training; "autocast" halves what large batches move and rounds what each block adds.
 
         engine = RolloutEngine(world)
         rollout = engine.rollout(state, actions)      # values in, values out
@@ -61,6 +62,7 @@ class RolloutEngine:
         compile: bool = False,
         graphs: bool = True,
         half: bool | None = None,
+        residual: Literal["float32", "autocast"] | None = None,
     ) -> None:
         self.world = world
         self.sampler = sampler or world.spec.sampler
@@ -69,6 +71,9 @@ class RolloutEngine:
         with world.precision():
             self._half = torch.is_autocast_enabled(world.device.type) if half is None else half
         self._models = [_halved(model) if self._half else model for model in world.networks]
+        if residual is not None and self._half:
+            for model in self._models:  # copies
+                model.config = dataclasses.replace(model.config, residual=residual)
         tokenizer = world.tokenizer
         if self._half and isinstance(tokenizer, nn.Module):
             tokenizer = _halved(tokenizer)
