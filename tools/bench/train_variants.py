@@ -5,7 +5,7 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,7 @@ from train_data import contract_of, frame_shape
 from vidworld.data.loader import LoaderConfig
 from vidworld.data.shards import ShardDataset
 from vidworld.diffusion.objective import ObjectiveConfig
+from vidworld.model.compile import KERNELS, fuse
 from vidworld.model.dit import CausalDiT, DiTConfig
 from vidworld.model.inputs import Streams
 from vidworld.model.normalizer import Normalizer
@@ -31,7 +32,8 @@ from vidworld.trainer.tasks import Moment, WorldTask
 from vidworld.trainer.transfer import Transfer
 
 Ours = Literal["ours", "muon", "half_residual", "bare", "zero1", "zero2", "zero3", "fsdp2"]
-Variant = Ours | Literal["naive", "naive_compiled", "naive_full"]
+Fused = Literal["fused", "fused_half", "fused_heads", "fused_mlp", "fused_residual"]
+Variant = Ours | Fused | Literal["naive", "naive_compiled", "naive_full"]
 EMA_DECAY = 0.999
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -118,6 +120,12 @@ def build(case: Case, variant: Variant) -> Stepper:
             return LoopStepper(case, "ddp", muon=True)
         case "half_residual":
             return LoopStepper(case, "ddp", residual="autocast")
+        case "fused" | "fused_half":
+            return LoopStepper(
+                case, "ddp", residual="autocast" if variant == "fused_half" else "float32", kernels=KERNELS
+            )
+        case "fused_heads" | "fused_mlp" | "fused_residual":
+            return LoopStepper(case, "ddp", kernels=(variant.removeprefix("fused_"),))
         case "zero1" | "zero2" | "zero3" | "fsdp2":
             return LoopStepper(case, variant)
         case "bare":
@@ -129,10 +137,20 @@ def build(case: Case, variant: Variant) -> Stepper:
 class LoopStepper:
     """vidworld's own loop, loader, engine and average; nothing is left out but logs and checkpoints."""
 
-    def __init__(self, case: Case, strategy: Any, *, muon: bool = False, residual: Any = "float32") -> None:
+    def __init__(
+        self,
+        case: Case,
+        strategy: Any,
+        *,
+        muon: bool = False,
+        residual: Any = "float32",
+        kernels: Collection[str] = (),
+    ) -> None:
         self.case = case
         task = make_task(case, residual=residual)
         ema: EMA[Any] = EMA(task, EMA_DECAY)
+        if kernels:
+            fuse(task.net, kernels)
         if case.compiled:
             task.compile_parts()
         optim = OptimConfig(name="muon" if muon else "adamw", warmup_steps=1)

@@ -1,11 +1,14 @@
 """Compile the transformer's blocks, and know how many graphs that makes."""
 
+from collections.abc import Collection
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from vidworld.model.dit import CausalDiT
+from vidworld.model.dit import Block, CausalDiT
+from vidworld.model.layers import SelfAttention, SwiGLU
 
 # A process meets a few clip lengths, with and without gradients, on all rows and on subsets, for two kinds of
 # block. torch gives up at 8 versions of one function, which with fullgraph is an error.
@@ -33,3 +36,29 @@ def compile_without_hooks(block: nn.Module) -> None:
         return
     block._compiled_call_impl = None
     block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+
+
+# What `fuse` can change, for measurements of one without the other.
+KERNELS = ("heads", "mlp", "residual")
+
+
+def fuse(model: CausalDiT, kernels: Collection[str] = KERNELS) -> CausalDiT:
+    """Let the blocks run the kernels of `fused` and `fused_residual` from now on: for training on CUDA.
+
+    The numbers are those of the plain code but for rounding. Nothing happens where there is no Triton, and
+    none to heads whose halves are no power of two.
+    """
+    if find_spec("triton") is None:
+        return model
+    import vidworld.model.fused
+    import vidworld.model.fused_residual  # noqa: F401
+
+    half = model.config.head_dim // 2
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.fused = "residual" in kernels
+        elif isinstance(module, SwiGLU):
+            module.fused = "mlp" in kernels
+        elif isinstance(module, SelfAttention):
+            module.fused = "heads" in kernels and half >= 8 and half & (half - 1) == 0
+    return model

@@ -10,7 +10,7 @@ their length, H query heads, h key-value heads, d head dims.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,18 @@ class DiTConfig:
         return (layer + 1) % self.time_every == 0
 
 
+class Stream(NamedTuple):
+    """A residual stream whose last branch is still to be added: x + gate y."""
+
+    x_BTND: Tensor
+    y_BTND: Tensor
+    gate_BT1D: Tensor
+
+    def joined(self) -> Tensor:
+        """The sum [B, T, N, D]."""
+        return self.x_BTND + self.gate_BT1D * self.y_BTND
+
+
 class Block(nn.Module):
     """Space attention, time attention in some blocks, and an MLP; modulated and gated per frame.
 
@@ -126,6 +138,8 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
         self.sequence: SequenceGroup | None = None
+        self.fused = False
+        """Whether to run the kernels of `fused_residual`, and leave the last addition to the next reader."""
         self.space = SelfAttention(config)
         self.time = SelfAttention(config) if config.attends_time(layer) else None
         self.mlp = SwiGLU(config)
@@ -137,41 +151,48 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_BTND: Tensor,
+        x_BTND: "Tensor | Stream",
         condition_BTD: Tensor,
         space: Axis,
         time: Axis,
         past: KeyValue | None = None,
         commit: bool = False,
         member_B: Tensor | None = None,
-    ) -> tuple[Tensor, KeyValue | None]:
+    ) -> tuple["Tensor | Stream", KeyValue | None]:
         """Returns the tokens and, from a block with time attention if `commit`, its new keys and values."""
-        batch, frames, tokens, _ = x_BTND.shape
         parts = self.modulate_by(condition_BTD)
 
         shift, scale, gate = parts[:3]
-        h_GnD = modulate(x_BTND, shift, scale).flatten(0, 1)
-        h_GnD, _ = self.space(h_GnD, space, member_B=member_B)
-        x_BTND = x_BTND + gate * h_GnD.unflatten(0, (batch, frames))
+        x_BTND, h_BTND = read(x_BTND, shift, scale, fused=self.fused)
+        batch, frames, tokens, _ = x_BTND.shape
+        h_GnD, _ = self.space(h_BTND.flatten(0, 1), space, member_B=member_B, commit=False)
+        stream = Stream(x_BTND, h_GnD.unflatten(0, (batch, frames)), gate)
 
         new = None
         if self.time is not None:
             shift, scale, gate = parts[3:6]
-            h_BTND = modulate(x_BTND, shift, scale)
+            by_token = self.sequence is None
+            x_BTND, h_BTND = read(stream, shift, scale, fused=self.fused, by_token=by_token)
             if self.sequence is not None:
                 h_BTND = to_all_frames(h_BTND, self.sequence)
             h_GnD = h_BTND.transpose(1, 2).flatten(0, 1)
             if past is not None:
                 past = KeyValue(past.key.flatten(0, 1), past.value.flatten(0, 1))
-            h_GnD, new = self.time(h_GnD, time, past, member_B)
+            h_GnD, new = self.time(h_GnD, time, past, member_B, commit=commit)
             h_BTND = h_GnD.unflatten(0, (batch, -1)).transpose(1, 2)
             if self.sequence is not None:
                 h_BTND = to_all_tokens(h_BTND, tokens, self.sequence)
-            x_BTND = x_BTND + gate * h_BTND
-            new = KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new)) if commit else None
+            stream = Stream(x_BTND, h_BTND, gate)
+            new = (
+                KeyValue(*(tensor.unflatten(0, (batch, tokens)) for tensor in new))
+                if new is not None and commit
+                else None
+            )
 
         shift, scale, gate = parts[-3:]
-        return x_BTND + gate * self.mlp(modulate(x_BTND, shift, scale), member_B), new
+        x_BTND, h_BTND = read(stream, shift, scale, fused=self.fused)
+        stream = Stream(x_BTND, self.mlp(h_BTND, member_B), gate)
+        return (stream if self.fused else stream.joined()), new
 
     def modulate_by(self, condition_BTD: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate [B, T, 1, D] of space attention, of time attention if any, and of the MLP."""
@@ -300,7 +321,7 @@ class CausalDiT(nn.Module):
         size = streams.num_queries * streams.num_keys
         return choose_attention(self.config.attention, device, dtype, size)
 
-    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, KeyValue | None]:
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor | Stream, KeyValue | None]:
         """Run a block, and with `checkpoint_blocks` keep only its inputs for the backward pass."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             # No dropout in a block, so there is no random state to keep either.
@@ -350,9 +371,9 @@ class CausalDiT(nn.Module):
         """Shift and scale [B, T, 1, D] of what the heads read."""
         return self.head_modulation(F.silu(condition_BTD))[:, :, None].chunk(2, dim=-1)
 
-    def predict(self, x_BTND: Tensor, parts: tuple[Tensor, ...], embodiment_B: Tensor) -> Frames:
+    def predict(self, x_BTND: Tensor | Stream, parts: tuple[Tensor, ...], embodiment_B: Tensor) -> Frames:
         """Clean frames read off the tokens."""
-        x_BTND = modulate(x_BTND, *parts)
+        _, x_BTND = read(x_BTND, *parts, fused=isinstance(x_BTND, Stream))
         patches_BTMP = self.patch_head(x_BTND[:, :, : self.num_patches])
         proprio_BTS = self.proprio_head(x_BTND[:, :, self.num_patches], embodiment_B)
         patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
@@ -364,6 +385,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of `x` are computed in here, autocast or not."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def read(
+    stream: Tensor | Stream, shift_BT1D: Tensor, scale_BT1D: Tensor, *, fused: bool, by_token: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The stream with all that was to be added, and what a branch reads of it.
+
+    By `fused`, in one kernel, which lays what is read out as [B, N, T, D] in memory with `by_token`.
+    """
+    if isinstance(stream, Tensor):
+        return stream, modulate(stream, shift_BT1D, scale_BT1D)
+    if fused:
+        x, h, _ = torch.ops.vidworld.add_modulate(*stream, shift_BT1D, scale_BT1D, by_token)
+        return x, h
+    x_BTND = stream.joined()
+    return x_BTND, modulate(x_BTND, shift_BT1D, scale_BT1D)
 
 
 def modulate(x_BTND: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
+        self.fused = False
+        """Whether to run the kernels of `fused`."""
         members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
         self.qkv = MemberLinear(config.width, sum(self.heads) * config.head_dim, **members)
         self.out = MemberLinear(config.width, config.width, **members)
@@ -44,15 +46,36 @@ class SelfAttention(nn.Module):
         self.key_scale_d = nn.Parameter(torch.ones(config.head_dim))
 
     def forward(
-        self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None, member_B: Tensor | None = None
-    ) -> tuple[Tensor, KeyValue]:
-        """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d]."""
+        self,
+        x_GnD: Tensor,
+        axis: Axis,
+        past: KeyValue | None = None,
+        member_B: Tensor | None = None,
+        *,
+        commit: bool = True,
+    ) -> tuple[Tensor, KeyValue | None]:
+        """Returns the mixed tokens [G, n, D], and the new keys (not rotated) and values [G, h, n, d].
+
+        Without `commit` the latter may be missing.
+        """
+        if self.fused and past is None and not commit:
+            return self._fused_forward(x_GnD, axis, member_B), None
         q_GHnd, new = self.project(x_GnD, member_B)
         k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
         mixed_GHnd = attend(
             rotate(q_GHnd, axis.query), rotate(k_Ghnd, axis.key), v_Ghnd, axis.mask, axis.backend
         )
         return self.join_heads(mixed_GHnd, member_B), new
+
+    def _fused_forward(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> Tensor:
+        """The same in fewer passes over memory."""
+        scales_2d = torch.stack([self.query_scale_d, self.key_scale_d]).float()
+        angles_2nd = torch.stack([torch.cat(rotation, dim=-1) for rotation in (axis.query, axis.key)]).float()
+        q_GHnd, k_Ghnd, v_Ghnd = torch.ops.vidworld.split_heads(
+            self.qkv(x_GnD, member_B), scales_2d, angles_2nd, *self.heads[:2]
+        )
+        mixed_GHnd = attend(q_GHnd, k_Ghnd, v_Ghnd, axis.mask, axis.backend)
+        return self.join_heads(mixed_GHnd, member_B)
 
     def project(self, x_GnD: Tensor, member_B: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
@@ -71,10 +94,14 @@ class SwiGLU(nn.Module):
     def __init__(self, config: "DiTConfig") -> None:
         super().__init__()
         members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
+        self.fused = False
+        """Whether to run the kernels of `fused`."""
         self.gate_up = MemberLinear(config.width, 2 * config.mlp_hidden, **members)
         self.down = MemberLinear(config.mlp_hidden, config.width, **members)
 
     def forward(self, x: Tensor, member_B: Tensor | None = None) -> Tensor:
+        if self.fused:
+            return self.down(torch.ops.vidworld.swiglu(self.gate_up(x, member_B)), member_B)
         gate, up = self.gate_up(x, member_B).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up, member_B)
 

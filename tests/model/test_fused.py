@@ -1,0 +1,115 @@
+"""Parity of the Triton kernels with the plain code, on CUDA, or with TRITON_INTERPRET=1 on any machine."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from vidworld.model.compile import KERNELS, compile_blocks, fuse
+from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.inputs import Conditioning, FrameShape, Streams
+from vidworld.types import Frames, SignalLevel
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+
+SHAPE = FrameShape(views=1, channels=4, height=8, width=8, proprio_dims=3, action_dims=2)
+BATCH, FRAMES = 2, 2
+
+
+def make_model(**settings: object) -> CausalDiT:
+    torch.manual_seed(0)
+    config = {"width": 96, "depth": 2, "num_heads": 6, "num_kv_heads": 2, "time_every": 2}
+    model = CausalDiT(DiTConfig(**(config | settings)), SHAPE)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():  # nothing may be zero, or gradients are, too
+        if parameter.ndim < 2 or not parameter.any() or "modulation" in name or "scale" in name:
+            torch.nn.init.normal_(parameter, mean=1.0 * name.endswith("scale_d"), std=0.2)
+    return model.to(DEVICE)
+
+
+def gradients(model: CausalDiT, *, half: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    size = (BATCH, 2 * FRAMES)
+    conditioning = Conditioning(
+        normal(*size, 1, 2),
+        normal(*size) > -1,
+        torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
+    )
+    frames = Frames(normal(*size, 1, 4, 8, 8), normal(*size, 3))
+    level = SignalLevel(torch.rand(size, generator=generator).to(DEVICE))
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        out, _ = model(frames, level, normal(*size).abs(), conditioning, streams=Streams(FRAMES, targets=1))
+    loss = (out.latents_BTVChw * normal(*size, 1, 4, 8, 8)).mean() + out.proprio_BTS.square().mean()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    found = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+    return found | {"latents": out.latents_BTVChw.detach()}
+
+
+def deviation(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == want.keys()
+    return max(float((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-12)) for n in want)
+
+
+@pytest.mark.parametrize("kernels", [(name,) for name in KERNELS] + [KERNELS])
+def test_kernels_agree_with_the_plain_code(kernels: tuple[str, ...]) -> None:
+    plain = make_model()
+    fused = fuse(copy.deepcopy(plain), kernels)
+    want = gradients(plain)
+    assert all(value.any() for value in want.values()), "what is zero everywhere proves nothing"
+    assert deviation(gradients(fused), want) < 2e-5
+    fused.blocks[0].mlp.gate_up.weight.data.mul_(1.01)  # type: ignore[union-attr]
+    assert deviation(gradients(fused), want) > 1e-4
+
+
+@pytest.mark.parametrize("residual", ["float32", "autocast"])
+def test_bfloat16_is_as_near_to_float32_as_in_the_plain_code(residual: str) -> None:
+    exact = gradients(make_model())
+    plain = make_model(residual=residual)
+    fused = fuse(copy.deepcopy(plain))
+    allowed = 1.25 * deviation(gradients(plain, half=True), exact)
+    assert deviation(gradients(fused, half=True), exact) < allowed
+
+
+def test_compiled_blocks_run_the_kernels_in_one_graph() -> None:
+    plain = make_model()
+    want = gradients(plain)
+    compile_blocks(fuse(plain), **({} if DEVICE == "cuda" else {"backend": "aot_eager"}))
+    assert deviation(gradients(plain), want) < 2e-5
+
+
+def test_checkpointed_blocks_give_the_same() -> None:
+    plain = make_model()
+    want = gradients(plain)
+    fuse(plain).checkpoint_blocks = True
+    assert deviation(gradients(plain), want) < 2e-5
+
+
+def test_what_is_committed_is_what_the_plain_code_commits() -> None:
+    plain = make_model()
+    fused = fuse(copy.deepcopy(plain))
+    size = (BATCH, FRAMES)
+    inputs = (
+        Frames(torch.randn(*size, 1, 4, 8, 8, device=DEVICE), torch.randn(*size, 3, device=DEVICE)),
+        SignalLevel(torch.rand(size, device=DEVICE)),
+        torch.zeros(size, device=DEVICE),
+        Conditioning(
+            torch.randn(*size, 1, 2, device=DEVICE),
+            torch.ones(size, dtype=torch.bool, device=DEVICE),
+            torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
+        ),
+    )
+    with torch.no_grad():
+        (_, want), (_, got) = (
+            model(*inputs, streams=Streams(FRAMES), commit=True) for model in (plain, fused)
+        )
+    for mine, theirs in zip(got.layers, want.layers, strict=True):
+        torch.testing.assert_close(mine.key, theirs.key, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.value, theirs.value, rtol=1e-4, atol=1e-5)
