@@ -1,5 +1,6 @@
 """The flagship's measurements: who is compared with whom, pictures that give nothing away, and the key."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.oracle import Foreseen, OracleConfig
+from vidworld.world.spec import SamplerConfig
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
@@ -131,6 +133,15 @@ def test_the_oracle_is_computed_once(bench, tmp_path, monkeypatch):
         found = flagship.kept(None, [1, 2], OracleConfig(), tmp_path / "oracle" / "one")
         assert found == Foreseen(b"video", 1, float("inf"))
     assert calls == [[1, 2]]
+
+
+def test_another_sampler_is_named_by_its_method_and_steps(bench):
+    flagship, own = bench("flagship"), SamplerConfig(steps=1, context_noise=0.05)
+    assert flagship.other_sampler(own, "heun.k4") == dataclasses.replace(own, method="heun", steps=4)
+    for text in ("k4", "euler", "euler.kx", "ddim.k4", "euler.k0"):
+        with pytest.raises(ConfigError):
+            flagship.Options(run=Path("r"), data=Path("d"), readout=Path("o"), compare=("euler.k2", text))
+    assert set(flagship.SLOWEST_FIRST) == set(flagship.EFFECTS)
 
 
 def row(name, value, unit="1"):

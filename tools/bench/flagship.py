@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import flagship_pictures
 import numpy as np
@@ -44,9 +44,12 @@ from vidworld.evaluation.windows import spaced
 from vidworld.lab.effect import EFFECTS
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.load import load
+from vidworld.world.spec import Method, SamplerConfig
 from vidworld.world.world import WorldModel
 
 Errors = list[dict[str, np.ndarray]]
+SLOWEST_FIRST = ("liquid", "smoke", "container", "paint", "rigid")
+"""Kinds by how long the oracle takes to play an episode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class Options:
     future: OracleConfig = field(default_factory=OracleConfig)
     steps: int | None = None
     """Denoising steps a frame, in place of the world's own."""
+    compare: tuple[str, ...] = ()
+    """Other samplers on the same episodes, METHOD.kSTEPS such as euler.k4: rows `sampler.<that>.*`."""
     batch: int = 60
     """Rollouts side by side."""
     seed: int = 0
@@ -94,6 +99,8 @@ class Options:
             raise ConfigError("--horizons", got=self.horizons, expected="rising frames from 1 on")
         if self.batch <= self.samples:
             raise ConfigError("--batch", got=self.batch, expected=f"above --samples {self.samples}")
+        for text in self.compare:
+            other_sampler(SamplerConfig(), text)
 
 
 class Rows:
@@ -127,33 +134,37 @@ def main(arguments: Sequence[str], prog: str) -> None:
     missing = [kind for kind in cases if kind not in readout.kinds]
     if missing:
         raise ConfigError("kinds of the readout", got=", ".join(readout.kinds), expected=", ".join(missing))
-    first = {kind: of_kind[0] for kind, of_kind in cases.items()}
     # The oracle's processes are the parallelism: threads in them would only fight. This one has its threads.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        # One episode of each kind first: what cannot be made again here fails before anything long begins.
-        for kind, job in {kind: oracle_of(pool, case, options) for kind, case in first.items()}.items():
-            print(f"oracle of {kind}: {job.result().effective_draws:.3g} effective draws", flush=True)
-        futures = {kind: [oracle_of(pool, case, options) for case in cases[kind]] for kind in cases}
-        imagined: dict[str, list[Imagined]] = {}
-        measure = lpips()
-        engine = RolloutEngine(world, sampler=sampler(world, options))
-        for kind, of_kind in cases.items():
-            if rows.left_s < 0:
-                print(f"left out for want of time: {kind}", flush=True)
-                continue
-            began = time.monotonic()
-            imagined[kind] = list(imagine(world, engine, of_kind, options))
-            rows.add(picture_rows(kind, world, of_kind, imagined[kind], options.horizons, measure))
-            print(f"{kind}: imagined in {time.monotonic() - began:.0f} s", flush=True)
+        futures: dict[str, list[concurrent.futures.Future[Foreseen]]] = {}
+        for kind in sorted(cases, key=SLOWEST_FIRST.index):
+            futures[kind] = [oracle_of(pool, case, options) for case in cases[kind]]
+        ways = {"flagship": sampler(world, options)}
+        ways |= {f"sampler.{text}": other_sampler(world.spec.sampler, text) for text in options.compare}
+        imagined: dict[str, dict[str, list[Imagined]]] = {}
+        for prefix, chosen in ways.items():
+            engine, imagined[prefix] = RolloutEngine(world, sampler=chosen), {}
+            measure = lpips() if prefix == "flagship" else None
+            for kind, of_kind in cases.items():
+                if rows.left_s < 0:
+                    print(f"left out for want of time: {kind} of {prefix}", flush=True)
+                    continue
+                began = time.monotonic()
+                found = imagined[prefix][kind] = list(imagine(world, engine, of_kind, options))
+                print(f"{kind}: imagined in {time.monotonic() - began:.0f} s", flush=True)
+                rows.add(picture_rows(kind, world, of_kind, found, options.horizons, measure, prefix))
         if options.docs is not None:
-            flagship_pictures.write(options.docs, cases, imagined, seed=options.seed, run=str(options.run))
-        for kind, found in imagined.items():
+            flagship_pictures.write(
+                options.docs, cases, imagined["flagship"], seed=options.seed, run=str(options.run)
+            )
+        for kind in imagined["flagship"]:
             known = finished(futures[kind], rows.left_s)
             print(f"oracle of {kind}: {len(known)} of {len(cases[kind])} episodes in time", flush=True)
-            if len(known) > 1:
-                judge(kind, readout, cases[kind], found, known, options, rows)
+            for prefix, of_way in imagined.items():
+                if len(known) > 1 and kind in of_way:
+                    judge(kind, readout, cases[kind], of_way[kind], known, options, rows, prefix)
         for job in (job for of_kind in futures.values() for job in of_kind):
             job.cancel()
 
@@ -251,10 +262,20 @@ def finished(jobs: Sequence["concurrent.futures.Future[Foreseen]"], wait_s: floa
     return found
 
 
-def sampler(world: WorldModel, options: Options) -> Any:
+def sampler(world: WorldModel, options: Options) -> SamplerConfig:
     """The world's own, with other steps if asked."""
     own = world.spec.sampler
     return own if options.steps is None else dataclasses.replace(own, steps=options.steps)
+
+
+def other_sampler(own: SamplerConfig, text: str) -> SamplerConfig:
+    """The world's own with the method and steps of METHOD.kSTEPS; raises ConfigError."""
+    method, _, steps = text.partition(".k")
+    if method not in get_args(Method) or not steps.isdigit():
+        raise ConfigError(
+            "--compare", got=text, expected="METHOD.kSTEPS, METHOD of " + ", ".join(get_args(Method))
+        )
+    return dataclasses.replace(own, method=method, steps=int(steps), noise_scale=None)
 
 
 @torch.no_grad()
@@ -300,6 +321,7 @@ def judge(
     oracle: Mapping[int, Foreseen],
     options: Options,
     rows: Rows,
+    prefix: str = "flagship",
 ) -> None:
     """Read everything with the ruler, and add the rows of skill."""
     columns = len(options.horizons)
@@ -321,7 +343,7 @@ def judge(
     card = readout.errors[kind]
     bad = too_blunt(kind, card)
     found: dict[str, tuple[float, str]] = {
-        f"flagship.psnr.oracle.{kind}.h{horizon}": (value, f"dB, {len(oracle)} episodes")
+        f"{prefix}.psnr.oracle.{kind}.h{horizon}": (value, f"dB, {len(oracle)} episodes")
         for horizon, value in zip(options.horizons, np.mean(oracle_psnr, 0), strict=True)
     }
     for column, horizon in enumerate(options.horizons):
@@ -339,7 +361,7 @@ def judge(
                 notes += f"; {ruler_error(name, kind, card)}{': too blunt' if name in bad else ''}"
             else:
                 notes += left_out(table, skill, bad)
-            full = f"flagship.skill.{kind}.{name}.h{horizon}".replace("..", ".")
+            full = f"{prefix}.skill.{kind}.{name}.h{horizon}".replace("..", ".")
             if skill.value is None:
                 print(f"{full:<56} nothing to foresee ({notes})", flush=True)
             else:
@@ -349,16 +371,18 @@ def judge(
         for name, who, of_who in told:
             means = [float(np.nanmean(one[name][..., column])) for one in of_who if known(one, name, column)]
             if means:
-                found[f"flagship.error.{kind}.{name}.{who}.h{horizon}"] = (
+                found[f"{prefix}.error.{kind}.{name}.{who}.h{horizon}"] = (
                     float(np.mean(means)), f"{len(means)} episodes",
                 )  # fmt: skip
     worth = [one.effective_draws for one in oracle.values() if np.isfinite(one.effective_draws)]
     if worth:
-        found[f"flagship.oracle_draws.{kind}"] = (
+        found[f"{prefix}.oracle_draws.{kind}"] = (
             float(np.median(worth)),
             f"effective of {options.future.draws}, median of {len(worth)} episodes",
         )
     rows.add(found)
+    if prefix != "flagship":
+        return
     options.record.mkdir(parents=True, exist_ok=True)
     raw = {
         who: [{name: np.round(value, 6).tolist() for name, value in one.items()} for one in of_who]

@@ -63,6 +63,7 @@ def picture_rows(
     imagined: Sequence[Imagined],
     horizons: Sequence[int],
     perceptual: Any,
+    prefix: str = "flagship",
 ) -> dict[str, tuple[float, str]]:
     """PSNR, SSIM and LPIPS, beside the last frame held and the tokenizer; the ratio of wrong commands."""
     count = len(cases)
@@ -89,7 +90,7 @@ def picture_rows(
         right.append(square_error(found.frames_MTHWC[0], true_THWC))
     units = {"psnr": "dB", "psnr_moving": "dB, of pixels that move", "ssim": "1", "lpips": "LPIPS"}
     rows = {
-        f"flagship.{name}.{kind}.h{horizon}": (
+        f"{prefix}.{name}.{kind}.h{horizon}": (
             float(np.nanmean(column)),
             f"{units[name.partition('.')[0]]}, {int(np.isfinite(column).sum())} episodes",
         )
@@ -98,7 +99,7 @@ def picture_rows(
         if np.isfinite(column).any()
     }
     ratio = float(np.mean(wrong) / np.mean(right))
-    return rows | {f"flagship.shuffle_ratio.{kind}": (ratio, f"1, frames {horizons}, {count} episodes")}
+    return rows | {f"{prefix}.shuffle_ratio.{kind}": (ratio, f"1, frames {horizons}, {count} episodes")}
 
 
 def moving_psnr(frames_MTHWC: np.ndarray, true_THWC: np.ndarray, last_HWC: np.ndarray) -> np.ndarray:
