@@ -101,6 +101,23 @@ def test_the_last_batch_is_filled_and_cut(peers):
     assert found[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
+def test_the_picture_shows_all_that_saw_the_same_windows(peers, tmp_path):
+    measure = sys.modules["peers_measure"]
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 255, (7, 24, 32, 32, 3), np.uint8)
+    assert measure.picture(tmp_path, tmp_path / "none.png") == []
+    for name in ("plain", "ours.k1"):
+        measure.keep_shown(tmp_path / f"{name}.shown.npz", 255 - truth, truth)
+    measure.keep_shown(tmp_path / "stale.shown.npz", truth, 255 - truth)
+    names = measure.picture(tmp_path, tmp_path / "peers.png")
+    assert names == ["ours.k1", "plain"]
+    with np.load(tmp_path / "plain.shown.npz") as kept:
+        assert kept["own"].shape == (5, 6, 32, 32, 3)
+        assert kept["times"].tolist() == [0, 5, 9, 14, 18, 23]
+        assert np.array_equal(kept["own"][-1, -1], 255 - truth[6, 23])
+    assert (tmp_path / "peers.png").stat().st_size > 50_000
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_toy_comparison_from_end_to_end(peers, tmp_path):
@@ -134,3 +151,4 @@ def test_a_toy_comparison_from_end_to_end(peers, tmp_path):
         assert 5 < rows[f"peers.{who}.psnr.h8"] < 40
         assert rows[f"peers.{who}.fps.b2"] > 0
     assert {"peers.ahead.plain.h8", "peers.ahead.edm.h4"} <= set(rows)
+    assert (tmp_path / "work" / "peers.png").stat().st_size > 5_000

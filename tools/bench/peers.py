@@ -12,7 +12,7 @@ averaged (EMA) and sampled in bfloat16 on a GPU, compiled.
 What is trained stays in --work, so that a second call goes on where --budget-s ended the first: on the same
 device, or it is refused. Rows `peers.<who>.psnr.h<frames>`, `.gain`, `.shuffle_ratio`, `.sharpness`,
 `.fps.b<batch>`, and `peers.speed_at_equal_quality.<who>`: frames/s of ours at the fewest steps that reach the
-peer's PSNR at the last horizon, over the peer's.
+peer's PSNR at the last horizon, over the peer's. WORK/peers.png shows some of the windows.
 """
 
 import copy
@@ -33,7 +33,7 @@ import torch
 import yaml
 from baselines import edm_unet, plain_dit
 from peers_data import Case, Corpus
-from peers_measure import compare, measured, normalised, pixels
+from peers_measure import compare, measured, normalised, picture, pixels
 from safetensors.torch import load_file, save_file
 from table import add_rows, cpu_name
 from torch import nn
@@ -182,6 +182,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         else:
             found |= measure_peer(bench, who, world, parameters, cases)
         (options.work / MEASURED).write_text(json.dumps([settings_of(options), found]) + "\n")
+        picture(options.work, options.work / "peers.png")
     compare(bench, found)
 
 

@@ -6,6 +6,7 @@ Shapes: B cases, T frames, C channels, H W pixels, A action dims.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from peers_data import Case
 from torch import Tensor
 
+from vidworld import media
 from vidworld.evaluation.metrics import appearance, psnr
+from vidworld.evaluation.windows import spaced
 from vidworld.world.world import WorldModel
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ Roll = Callable[[Sequence[Case], Sequence[np.ndarray]], np.ndarray]
 """Videos uint8 [B, T, H, W, 3] of cases under commands [T, A] each."""
 SHARP_FROM = 0.75
 """Sharpness is that of the last quarter."""
+SHOWN_CASES, SHOWN_FRAMES = 5, 6
+"""Of the picture."""
 
 
 def normalised(world: WorldModel, actions: Sequence[np.ndarray]) -> Tensor:
@@ -44,6 +49,7 @@ def measured(bench: "Bench", who: str, roll: Roll, cases: Sequence[Case]) -> dic
     actions = [case.actions_TA for case in cases]
     own, wrong = (rolled(roll, cases, given, options.batch) for given in (actions, actions[1:] + actions[:1]))
     truth = np.stack([case.true_THWC for case in cases])
+    keep_shown(options.work / f"{who}.shown.npz", own, truth)
     held = np.broadcast_to(np.stack([case.last_HWC for case in cases])[:, None], truth.shape)
     for horizon in options.horizons:
         at = horizon - 1
@@ -64,6 +70,28 @@ def measured(bench: "Bench", who: str, roll: Roll, cases: Sequence[Case]) -> dic
         rows[f"fps.b{batch}"] = (batch * truth.shape[1] * fps, "frames/s, pixels included")
     bench.add({f"peers.{who}.{name}": row for name, row in rows.items()})
     return rows
+
+
+def keep_shown(path: Path, own_BTHWC: np.ndarray, true_BTHWC: np.ndarray) -> None:
+    """A few cases at a few times, for the picture of all contenders."""
+    at = (spaced(len(own_BTHWC) - 1, SHOWN_CASES), spaced(own_BTHWC.shape[1] - 1, SHOWN_FRAMES))
+    np.savez_compressed(path, own=own_BTHWC[np.ix_(*at)], truth=true_BTHWC[np.ix_(*at)], times=at[1])
+
+
+def picture(work: Path, path: Path) -> list[str]:
+    """A block a case: the truth, and below it every contender measured so far, whose names are returned."""
+    shown = {one.name.removesuffix(".shown.npz"): np.load(one) for one in sorted(work.glob("*.shown.npz"))}
+    if not shown:
+        return []
+    first = next(iter(shown.values()))
+    alike = {name: one for name, one in shown.items() if np.array_equal(one["truth"], first["truth"])}
+    blocks = []
+    for case in range(len(first["truth"])):
+        videos = {"truth": first["truth"][case]} | {name: one["own"][case] for name, one in alike.items()}
+        labels = [f"frame {time + 1}" for time in first["times"]]
+        blocks.append(media.strip(videos, list(range(len(labels))), labels=labels))
+    media.write_png(path, np.concatenate(blocks))
+    return list(alike)
 
 
 def rolled(roll: Roll, cases: Sequence[Case], actions: Sequence[np.ndarray], batch: int) -> np.ndarray:
