@@ -90,7 +90,7 @@ class Options:
     frames: int = 32
     """Frames to imagine."""
     samples: int = 32
-    e_samples: int = 16
+    e_samples: int = 8
     """Of each member, for E."""
     rows: int = 256
     """Rollouts side by side."""
@@ -357,8 +357,7 @@ def measure_ood(bench: Bench) -> None:
         print("no E: it takes two runs or more", flush=True)
     scores["flow"] = ood.flow_loss(first, frames=2 * options.truth.context)
     scores["nearest"] = ood.nearest(first, known)
-    rows, told = ood.rows_of(scores, ordinary, shifted)
-    bench.add(rows)
+    rows, told = ood.rows_of(scores, ordinary, shifted, bench.add, bench.late("ood"))
     bench.keep("ood", (told, rows))
     figures.shifted(told, rows, options.figures / "uncertainty-ood.png")
     figures.shift_pictures(ordinary, shifted, options.figures / "uncertainty-shifts.png")

@@ -323,19 +323,29 @@ def nearest(world: WorldModel, train: Sequence[Window]) -> Score:
 
 
 def rows_of(
-    scores: Mapping[str, Score], ordinary: Sequence[Window], shifted: Mapping[str, Sequence[Window]]
+    scores: Mapping[str, Score],
+    ordinary: Sequence[Window],
+    shifted: Mapping[str, Sequence[Window]],
+    report: Callable[[Mapping[str, tuple[float, str]]], None] = lambda rows: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, tuple[float, str]], dict[str, dict[str, np.ndarray]]]:
-    """AUROC of each score on each shift, E without a name of its own; and the scores, ordinary ones too."""
+    """AUROC of each score on each shift, E without a name of its own; and the scores, ordinary ones too.
+
+    Rows of a shift are reported as soon as they are told; no new one is begun when it is late.
+    """
     told = {name: {"ordinary": score(ordinary)} for name, score in scores.items()}
     rows: dict[str, tuple[float, str]] = {}
     for shift, windows in shifted.items():
-        if len(windows) < 2:
+        if len(windows) < 2 or late():
             continue
+        of_shift: dict[str, tuple[float, str]] = {}
         for name, score in scores.items():
             strange = told[name][shift] = score(windows)
             low, high = auroc_interval(told[name]["ordinary"], strange)
-            rows[f"uncertainty.ood_auroc.{shift}" + ("" if name == "E" else f".{name}")] = (
+            of_shift[f"uncertainty.ood_auroc.{shift}" + ("" if name == "E" else f".{name}")] = (
                 auroc(told[name]["ordinary"], strange),
                 f"{name}, {len(ordinary)} and {len(windows)} episodes, 95 % {low:.2f} to {high:.2f}",
             )
+        report(of_shift)
+        rows |= of_shift
     return rows, told
