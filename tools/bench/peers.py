@@ -10,8 +10,10 @@ model's time. Encoding is nobody's training time, nor are the first steps, which
 averaged (EMA) and sampled in bfloat16 on a GPU, compiled.
 
 What is trained stays in --work, so that a second call goes on where --budget-s ended the first: on the same
-device, or it is refused. Rows `peers.<who>.psnr.h<frames>`, `.gain`, `.shuffle_ratio`, `.sharpness`,
-`.fps.b<batch>`, and `peers.speed_at_equal_quality.<who>`: frames/s of ours at the fewest steps that reach the
+kind of device, or it is refused. With a GPU each, contenders can also be trained side by side: `--contenders
+plain --ours RUN` needs a run of ours for its commands, tokenizer and size alone. Rows
+`peers.<who>.psnr.h<frames>`, `.gain`, `.shuffle_ratio`, `.sharpness`, `.fps.b<batch>`, and
+`peers.speed_at_equal_quality.<who>`: frames/s of ours at the fewest steps that reach the
 peer's PSNR at the last horizon, over the peer's. WORK/peers.png shows some of the windows.
 """
 
@@ -47,7 +49,8 @@ from vidworld.world.load import load
 from vidworld.world.world import WorldModel
 
 Who = Literal["ours", "plain", "edm"]
-MEASURED = "measured.json"
+MEASURED = "measured-{}.json"
+"""One a contender, so that several GPUs of a kind can share --work."""
 UNTIMED_STEPS = 3
 
 
@@ -181,9 +184,11 @@ def main(arguments: Sequence[str], prog: str) -> None:
             found |= measure_ours(bench, world, cases)
         else:
             found |= measure_peer(bench, who, world, parameters, cases)
-        (options.work / MEASURED).write_text(json.dumps([settings_of(options), found]) + "\n")
+        mine = {name: rows for name, rows in found.items() if name.partition(".")[0] == who}
+        kept = [settings_of(options), mine]
+        (options.work / MEASURED.format(who)).write_text(json.dumps(kept) + "\n")
         picture(options.work, options.work / "peers.png")
-    compare(bench, found)
+    compare(bench, found | read_measured(options))
 
 
 def settings_of(options: Options) -> dict[str, Any]:
@@ -204,13 +209,15 @@ def settings_of(options: Options) -> dict[str, Any]:
 
 def read_measured(options: Options) -> dict[str, dict[str, tuple[float, str]]]:
     """What an earlier call measured in the same way."""
-    path = options.work / MEASURED
-    if not path.is_file():
-        return {}
-    settings, found = json.loads(path.read_text())
-    if settings != settings_of(options):
-        return {}
-    return {who: {name: (value, unit) for name, (value, unit) in rows.items()} for who, rows in found.items()}
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for path in sorted(options.work.glob(MEASURED.format("*"))):
+        settings, of_who = json.loads(path.read_text())
+        if settings == settings_of(options):
+            found |= {
+                name: {key: (value, unit) for key, (value, unit) in rows.items()}
+                for name, rows in of_who.items()
+            }
+    return found
 
 
 def train_ours(bench: Bench) -> Path | None:
@@ -251,7 +258,7 @@ def latents_of(options: Options, run: Path) -> Path:
 def note_trained(bench: Bench, who: str, minutes: float, facts: Mapping[str, Any]) -> None:
     """Written last, so that what is half trained is trained again."""
     told = {"minutes": minutes, "device": bench.device_name, **facts}
-    (bench.options.work / MEASURED).unlink(missing_ok=True)
+    (bench.options.work / MEASURED.format(who)).unlink(missing_ok=True)
     (bench.options.work / f"{who}.json").write_text(json.dumps(told) + "\n")
 
 
