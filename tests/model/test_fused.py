@@ -78,10 +78,11 @@ def test_bfloat16_is_as_near_to_float32_as_in_the_plain_code(residual: str) -> N
     assert deviation(gradients(fused, half=True), exact) < allowed
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a compiler traces into the kernels, which cannot be interpreted")
 def test_compiled_blocks_run_the_kernels_in_one_graph() -> None:
     plain = make_model()
     want = gradients(plain)
-    compile_blocks(fuse(plain), **({} if DEVICE == "cuda" else {"backend": "aot_eager"}))
+    compile_blocks(fuse(plain))
     assert deviation(gradients(plain), want) < 2e-5
 
 

@@ -14,7 +14,7 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import triton_op, wrap_triton
 
 EPS = torch.finfo(torch.float32).eps
 """What `rms_norm` adds to the mean square by default."""
@@ -151,7 +151,7 @@ def _split_heads_backward_kernel(
         _store_pair(grad_qkv, offset, first, second, live, HALF)
 
 
-@custom_op("vidworld::split_heads", mutates_args=())
+@triton_op("vidworld::split_heads", mutates_args=())
 def split_heads(
     qkv_GnY: Tensor, scales_2d: Tensor, angles_2nd: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,25 +166,14 @@ def split_heads(
     q = qkv_GnY.new_empty(groups, num_heads, length, dims)
     k, v = (qkv_GnY.new_empty(groups, num_kv_heads, length, dims) for _ in range(2))
     grid = (triton.cdiv(groups * length, ROWS) * (num_heads + 2 * num_kv_heads),)
-    _split_heads_kernel[grid](  # type: ignore[index]
+    wrap_triton(_split_heads_kernel)[grid](  # type: ignore[index]
         qkv_GnY, scales_2d, angles_2nd, q, k, v, groups * length, length, EPS,
         H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS,
     )  # fmt: skip
     return q, k, v
 
 
-@split_heads.register_fake
-def _(
-    qkv_GnY: Tensor, scales_2d: Tensor, angles_2nd: Tensor, num_heads: int, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, length, _ = qkv_GnY.shape
-    dims = scales_2d.shape[-1]
-    q, k, v = (qkv_GnY.new_empty(groups, heads, length, dims)
-               for heads in (num_heads, num_kv_heads, num_kv_heads))  # fmt: skip
-    return q, k, v
-
-
-@custom_op("vidworld::split_heads_backward", mutates_args=())
+@triton_op("vidworld::split_heads_backward", mutates_args=())
 def split_heads_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv_GnY: Tensor, scales_2d: Tensor, angles_2nd: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -197,21 +186,11 @@ def split_heads_backward(
     grad_qkv = torch.empty_like(qkv_GnY)
     sums = scales_2d.new_empty(blocks, num_heads + num_kv_heads, dims, dtype=torch.float32)
     strides = [stride for grad in grads for stride in grad.stride()[:3]]
-    _split_heads_backward_kernel[(blocks * (num_heads + 2 * num_kv_heads),)](  # type: ignore[index]
+    wrap_triton(_split_heads_backward_kernel)[(blocks * (num_heads + 2 * num_kv_heads),)](  # type: ignore[index]
         *grads, qkv_GnY, scales_2d, angles_2nd, grad_qkv, sums, groups * length, length, EPS, *strides,
         H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS,
     )  # fmt: skip
     return grad_qkv, sums
-
-
-@split_heads_backward.register_fake
-def _(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv_GnY: Tensor, scales_2d: Tensor, angles_2nd: Tensor
-) -> tuple[Tensor, Tensor]:
-    blocks = -(-grad_q.shape[0] * grad_q.shape[2] // ROWS)
-    heads = grad_q.shape[1] + grad_k.shape[1]
-    sums = scales_2d.new_empty(blocks, heads, scales_2d.shape[-1], dtype=torch.float32)
-    return torch.empty_like(qkv_GnY, memory_format=torch.contiguous_format), sums
 
 
 def _keep_heads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -267,36 +246,26 @@ def _tiles(num_tokens: int, hidden: int) -> tuple[tuple[int, int], dict[str, int
     return (triton.cdiv(num_tokens, tile["ROWS"]), triton.cdiv(hidden, tile["COLUMNS"])), tile
 
 
-@custom_op("vidworld::swiglu", mutates_args=())
+@triton_op("vidworld::swiglu", mutates_args=())
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up one after the other in the last axis."""
     x = x.contiguous()
     hidden = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], hidden)
     grid, tile = _tiles(out.numel() // hidden, hidden)
-    _swiglu_kernel[grid](x, out, out.numel() // hidden, hidden, **tile)  # type: ignore[index]
+    wrap_triton(_swiglu_kernel)[grid](x, out, out.numel() // hidden, hidden, **tile)  # type: ignore[index]
     return out
 
 
-@swiglu.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-
-
-@custom_op("vidworld::swiglu_backward", mutates_args=())
+@triton_op("vidworld::swiglu_backward", mutates_args=())
 def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of `x`."""
     grad, x = grad.contiguous(), x.contiguous()
     hidden = grad.shape[-1]
     grad_x = torch.empty_like(x)
     grid, tile = _tiles(grad.numel() // hidden, hidden)
-    _swiglu_backward_kernel[grid](grad, x, grad_x, grad.numel() // hidden, hidden, **tile)  # type: ignore[index]
+    wrap_triton(_swiglu_backward_kernel)[grid](grad, x, grad_x, grad.numel() // hidden, hidden, **tile)  # type: ignore[index]
     return grad_x
-
-
-@swiglu_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import triton_op, wrap_triton
 
 from vidworld.model.fused import EPS
 
@@ -129,7 +129,7 @@ def _branch(like: Tensor, y_BTND: Tensor, by_token: bool) -> Tensor:
     return y_BTND.new_empty(batch, frames, tokens, width)
 
 
-@custom_op("vidworld::add_modulate", mutates_args=())
+@triton_op("vidworld::add_modulate", mutates_args=())
 def add_modulate(
     x_BTND: Tensor, y_BTND: Tensor, gate_BT1D: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor, by_token: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ def add_modulate(
         _of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
     )
     chunks = triton.cdiv(tokens, CHUNK)
-    _forward_kernel[(batch * frames * chunks,)](  # type: ignore[index]
+    wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
         x_BTND, y_BTND, gate, shift, scale, out, h, factors,
         *y_BTND.stride()[:3], *h.stride()[:3], gate_row, shift_row, scale_row,
         frames, tokens, chunks, width, EPS, **_tile(width),
@@ -154,15 +154,7 @@ def add_modulate(
     return out, h, factors
 
 
-@add_modulate.register_fake
-def _(
-    x_BTND: Tensor, y_BTND: Tensor, gate_BT1D: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor, by_token: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty_like(x_BTND, memory_format=torch.contiguous_format)
-    return out, _branch(x_BTND, y_BTND, by_token), x_BTND.new_empty(x_BTND.shape[:3], dtype=torch.float32)
-
-
-@custom_op("vidworld::add_modulate_backward", mutates_args=())
+@triton_op("vidworld::add_modulate_backward", mutates_args=())
 def add_modulate_backward(
     grad_out: Tensor,
     grad_h: Tensor,
@@ -179,27 +171,12 @@ def add_modulate_backward(
     (gate, gate_row), (scale, scale_row) = map(_of_frames, (gate_BT1D, scale_BT1D))
     chunks = triton.cdiv(tokens, CHUNK)
     sums = out.new_empty(3, batch, frames, chunks, width, dtype=torch.float32)
-    _backward_kernel[(batch * frames * chunks,)](  # type: ignore[index]
+    wrap_triton(_backward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
         grad_out, grad_h, out, factors, y_BTND, gate, scale, grad_x, grad_y, sums,
         *grad_h.stride()[:3], *y_BTND.stride()[:3], *grad_y.stride()[:3], gate_row, scale_row,
         frames, tokens, chunks, width, sums.stride(0), **_tile(width),
     )  # fmt: skip
     return grad_x, grad_y, sums
-
-
-@add_modulate_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_h: Tensor,
-    out: Tensor,
-    factors: Tensor,
-    y_BTND: Tensor,
-    gate_BT1D: Tensor,
-    scale_BT1D: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, frames, tokens, width = out.shape
-    sums = out.new_empty(3, batch, frames, -(-tokens // CHUNK), width, dtype=torch.float32)
-    return torch.empty_like(out, memory_format=torch.contiguous_format), torch.empty_like(y_BTND), sums
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
