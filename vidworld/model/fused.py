@@ -198,15 +198,15 @@ def _keep_heads(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.num_heads = inputs[3]
 
 
-def _of_heads(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _of_heads(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
     qkv_GnY, scales_2d, angles_2nd = ctx.saved_tensors
-    grad_qkv, sums = split_heads_backward(*grads, qkv_GnY, scales_2d, angles_2nd)
+    grad_qkv, sums = split_heads_backward(grad_q, grad_k, grad_v, qkv_GnY, scales_2d, angles_2nd)
     per_head = sums.sum(0)
     grad_scales = torch.stack([per_head[: ctx.num_heads].sum(0), per_head[ctx.num_heads :].sum(0)])
     return grad_qkv, grad_scales.to(scales_2d.dtype), None, None, None
 
 
-split_heads.register_autograd(_of_heads, setup_context=_keep_heads)
+split_heads.register_autograd(_of_heads, setup_context=_keep_heads)  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -276,4 +276,4 @@ def _of_swiglu(ctx: Any, grad: Tensor) -> Tensor:
     return swiglu_backward(grad, *ctx.saved_tensors)
 
 
-swiglu.register_autograd(_of_swiglu, setup_context=_keep_swiglu)
+swiglu.register_autograd(_of_swiglu, setup_context=_keep_swiglu)  # type: ignore[attr-defined]

@@ -195,4 +195,4 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_h: Tensor, _: Any) -> tuple[Tens
     return grad_x, grad_y, of_gate.to(gate.dtype), of_shift, of_scale, None
 
 
-add_modulate.register_autograd(_gradients, setup_context=_keep)
+add_modulate.register_autograd(_gradients, setup_context=_keep)  # type: ignore[attr-defined]
