@@ -41,6 +41,7 @@ def gradients(model: CausalDiT, *, half: bool = False) -> dict[str, torch.Tensor
         normal(*size, 1, 2),
         normal(*size) > -1,
         torch.zeros(BATCH, dtype=torch.int64, device=DEVICE),
+        member_B=torch.arange(BATCH, device=DEVICE) if model.config.members else None,
     )
     frames = Frames(normal(*size, 1, 4, 8, 8), normal(*size, 3))
     level = SignalLevel(torch.rand(size, generator=generator).to(DEVICE))
@@ -67,6 +68,12 @@ def test_kernels_agree_with_the_plain_code(kernels: tuple[str, ...]) -> None:
     assert deviation(gradients(fused), want) < 2e-5
     fused.blocks[0].mlp.gate_up.weight.data.mul_(1.01)  # type: ignore[union-attr]
     assert deviation(gradients(fused), want) > 1e-4
+
+
+def test_members_that_share_a_network_agree_too() -> None:
+    plain = make_model(members=2, member_rank=4)
+    want = gradients(plain)
+    assert deviation(gradients(fuse(plain)), want) < 2e-5
 
 
 @pytest.mark.parametrize("residual", ["float32", "autocast"])

@@ -35,6 +35,9 @@ class EngineConfig:
     """`auto`: bfloat16 autocast over float32 weights on a GPU, float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the blocks: `auto` on a GPU only."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Run the Triton kernels for what surrounds a block's products, under `ddp`: `auto` in compiled blocks on
+    one GPU, if their gradients there agree with the plain code's; `on` refuses to start where they cannot."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
     checkpoint_activations: bool = False
@@ -50,6 +53,12 @@ class EngineConfig:
         for name in ("accumulation", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name}", got=getattr(self, name), expected="at least 1")
+        if self.fused == "on" and (self.strategy != "ddp" or self.sequence_parallel > 1):
+            raise ConfigError(
+                f"engine.fused under {self.strategy!r}, sequence_parallel {self.sequence_parallel}",
+                got="on",
+                expected="auto or off; or strategy ddp and whole clips",
+            )
         if self.reduce == "bf16" and self.strategy != "ddp":
             raise ConfigError(
                 f"engine.reduce under strategy {self.strategy!r}", got=self.reduce, expected="fp32"

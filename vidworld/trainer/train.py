@@ -38,6 +38,7 @@ from vidworld.trainer.corpus import (
 from vidworld.trainer.ema import EMA
 from vidworld.trainer.engine import autocast_of, build_engine, uses_compile
 from vidworld.trainer.feed import clip_feed, clip_kinds
+from vidworld.trainer.fusing import choose_fused, require_fusable
 from vidworld.trainer.heartbeat import Heartbeat
 from vidworld.trainer.logging import RunLog
 from vidworld.trainer.loop import Feed, Look, Loop
@@ -223,6 +224,7 @@ def _train_world(
         clip_dropout=training.clip_dropout,
     )
     trial = _Trial(training, task, run, log, heart)
+    require_fusable(training.engine, trial.engine.device)
     if trial.engine.rank == 0:
         tokenizer.to(trial.engine.device)
     folder = training.latents or run / "latents"
@@ -257,12 +259,16 @@ def _train_world(
         _refuse_other_world(run, spec, resume=resume)
         spec.write(run)
         save_tokenizer(tokenizer, run / FOLDER)
-    begin()
     kinds = clip_kinds(training.loader, training.long_clip_frames, training.long_clip_fraction, trial.parts)
     shapes = clip_shapes(list(kinds.values()), trial.parts)
+    device, ranks = trial.engine.device, trial.engine.world_size
+    said = choose_fused(task, training.engine, shapes[0], device, trial.autocast, world_size=ranks)
+    begin()
+    if said is not None:
+        log.say(said)
     # Where weights are cut across ranks, a pass outside the engine has none to run on.
     compiled = uses_compile(training.engine) and training.engine.strategy in ("ddp", "zero1", "zero2")
-    log.say(prepare_kernels(task, shapes, trial.engine.device, trial.autocast, compiled))
+    log.say(prepare_kernels(task, shapes, device, trial.autocast, compiled))
     loop.fit()
 
 
