@@ -27,6 +27,7 @@ from vidworld.trainer.plan.hardware import GPUS, MEASURED_PRODUCTS, MEASURED_STE
 from vidworld.trainer.plan.memory import GIB, trace_activations
 from vidworld.trainer.plan.work import (
     BRANCH_BYTES,
+    FUSED_BRANCH_BYTES,
     AttentionWork,
     Product,
     StepWork,
@@ -280,6 +281,21 @@ def test_measured_steps_are_met(row):
         row.layers * 18 * d * d,
     )
     assert tokens / sum(step_seconds(work, H100).values()) == pytest.approx(row.tokens_per_s, rel=0.15)
+
+
+def test_fused_kernels_count_where_training_uses_them():
+    def elementwise(fused, ranks=1, **layout):
+        cluster = Cluster(GPUS["h100"], 1, ranks)
+        planned = estimate(
+            subject(compiled=True, fused=fused), cluster, Layout(**({"strategy": "ddp", "rows": 4} | layout))
+        )
+        return planned.step_s["elementwise"]
+
+    plain, saved = elementwise("off"), FUSED_BRANCH_BYTES / BRANCH_BYTES["float32"]
+    assert elementwise("auto") == pytest.approx(saved * plain)
+    assert elementwise("auto", ranks=2) == plain
+    assert elementwise("on", ranks=2) == pytest.approx(saved * plain)
+    assert elementwise("on", ranks=2, strategy="fsdp2") == plain
 
 
 def test_other_gpus_are_scaled():

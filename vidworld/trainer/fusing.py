@@ -44,6 +44,7 @@ def choose_fused(
             return f"fused kernels: off ({fault})"
     if fault is None:
         fault = check_fused(task, shape, device, autocast, compiled=uses_compile(config))
+        torch.cuda.empty_cache()  # the check's memory is cut otherwise than training's
         if fault is None:
             fuse(task.net)
             return "fused kernels: on (gradients of two blocks checked against the plain code)"

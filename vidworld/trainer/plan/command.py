@@ -167,6 +167,7 @@ def subject_of(training: WorldTraining, shape: FrameShape) -> Subject:
         compiled=training.engine.compile != "off",
         objective=training.objective,
         latent_cache_gib=training.loader.cache_gb / 1.074,
+        fused=training.engine.fused,
     )
 
 

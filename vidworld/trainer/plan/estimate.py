@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -43,6 +43,8 @@ class Subject:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     latent_cache_gib: float = 0.0
     """In the host's memory."""
+    fused: Literal["auto", "on", "off"] = "off"
+    """As in `engine.fused`."""
 
     @functools.cached_property
     def model(self) -> CausalDiT:
@@ -160,6 +162,7 @@ def estimate(subject: Subject, cluster: Cluster, layout: Layout) -> Estimate:
         extra_forward=subject.extra_forward,
         checkpointed=layout.checkpointed,
         ranks_per_clip=layout.sequence_parallel,
+        fused=_uses_fused(subject, cluster, layout),
     )
     parts = step_seconds(work, roofline, accumulation=layout.accumulation)
     if strategy.shards_optimizer:
@@ -193,6 +196,13 @@ def estimate(subject: Subject, cluster: Cluster, layout: Layout) -> Estimate:
         layout.accumulation * work.model_flops,
         cluster.gpu.memory_gib,
     )
+
+
+def _uses_fused(subject: Subject, cluster: Cluster, layout: Layout) -> bool:
+    """Whether training will run the fused kernels, if they pass their check."""
+    if layout.strategy != "ddp" or layout.sequence_parallel > 1:
+        return False
+    return subject.fused == "on" or (subject.fused == "auto" and subject.compiled and cluster.ranks == 1)
 
 
 def ways(

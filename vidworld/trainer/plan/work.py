@@ -16,8 +16,10 @@ from vidworld.trainer.plan.hardware import Roofline
 
 # Traffic of a residual branch (norm, modulation, heads, rotation, activation, gate; forward and backward), in
 # width bytes a token: what brings the predictions for MEASURED_STEPS within 8 %. If everything were fused and
-# in bfloat16 it would be 45. What a bfloat16 residual stream saves has not been measured.
-BRANCH_BYTES = {"float32": 90, "autocast": 65}
+# in bfloat16 it would be 45. A bfloat16 residual stream takes off what it saved of a step of 12x384 on an
+# H100 (7 ms of 100), and so do the fused kernels (16 ms); both together have not saved more yet.
+BRANCH_BYTES = {"float32": 90, "autocast": 75}
+FUSED_BRANCH_BYTES = 58
 # Forward and backward of attention take 3.5 times the operations of the forward pass.
 ATTENTION_PASSES = 3.5
 # Kernels work on tiles of this many queries: a shorter row costs as much.
@@ -103,6 +105,7 @@ def step_work(
     extra_forward: float = 0.0,
     checkpointed: bool = False,
     ranks_per_clip: int = 1,
+    fused: bool = False,
 ) -> StepWork:
     """Count a micro-batch of `rows` clips on one GPU; `model` may be on the meta device."""
     config, tokens = model.config, model.tokens_per_frame
@@ -124,12 +127,13 @@ def step_work(
             *(visible_pairs(streams), config.width, config.head_dim, time_layers, "dense_mask"),
         ),
     ]
+    branch = FUSED_BRANCH_BYTES if fused else BRANCH_BYTES[config.residual]
     matrices = [p for block in model.blocks for n, p in block.named_parameters() if _is_matrix(n, p)]
     return StepWork(
         tuple(_merged(products)),
         tuple(_merged(outside)),
         tuple(attention),
-        BRANCH_BYTES[config.residual] * frames * tokens * config.width * (2 * config.depth + time_layers),
+        branch * frames * tokens * config.width * (2 * config.depth + time_layers),
         sum(parameter.numel() for parameter in model.parameters()),
         tuple((p.shape[0], p.shape[1]) for p in matrices) if muon else (),
         extra_forward,
