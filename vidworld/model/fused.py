@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 EPS = torch.finfo(torch.float32).eps
-"""What `rms_norm` adds to the mean square by default."""
+"""What `rms_norm` adds to the mean square by default. A constant of the kernels: as an argument it would be a
+float64 in compiled graphs, and all that it meets too."""
 ROWS = 32
 """Tokens of a program; one program sees one head of each."""
 
@@ -36,10 +37,10 @@ def _store_pair(base, offset, first, second, live, HALF: tl.constexpr):
 
 
 @triton.jit
-def _normal_factor(first, second, eps, HALF: tl.constexpr):
+def _normal_factor(first, second, EPS: tl.constexpr, HALF: tl.constexpr):
     """1 / root mean square of each vector."""
     square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-    return tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+    return tl.rsqrt(square / (2 * HALF) + EPS)[:, None]
 
 
 @triton.jit
@@ -52,11 +53,11 @@ def _split_heads_kernel(
     v,
     num_tokens,
     length,
-    eps,
     H: tl.constexpr,
     KV: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     """One head of ROWS tokens: normalise, scale, turn, and write by heads."""
     head = tl.program_id(0) % (H + 2 * KV)
@@ -67,7 +68,7 @@ def _split_heads_kernel(
     first, second = _load_pair(qkv, (row * (H + 2 * KV) + head) * 2 * HALF + pair, live, HALF)
     if head < H + KV:
         kind = (head >= H).to(tl.int32)
-        factor = _normal_factor(first, second, eps, HALF)
+        factor = _normal_factor(first, second, EPS, HALF)
         scale_first, scale_second = _load_pair(scales, kind * 2 * HALF + pair, pair < HALF, HALF)
         first = first * factor * scale_first
         second = second * factor * scale_second
@@ -97,7 +98,6 @@ def _split_heads_backward_kernel(
     grad_scales,
     num_tokens,
     length,
-    eps,
     q_group,
     q_head,
     q_row,
@@ -111,6 +111,7 @@ def _split_heads_backward_kernel(
     KV: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     """One head of ROWS tokens; sums for the scales go to a row of each program's own."""
     head = tl.program_id(0) % (H + 2 * KV)
@@ -134,7 +135,7 @@ def _split_heads_backward_kernel(
         grad_first = turned_first * cos + turned_second * sin
         grad_second = turned_second * cos - turned_first * sin
         first, second = _load_pair(qkv, offset, live, HALF)
-        factor = _normal_factor(first, second, eps, HALF)
+        factor = _normal_factor(first, second, EPS, HALF)
         first, second = first * factor, second * factor
         sums = (block.to(tl.int64) * (H + KV) + head) * 2 * HALF + tl.arange(0, HALF)
         tl.store(grad_scales + sums, tl.sum(grad_first * first, 0))
@@ -167,8 +168,8 @@ def split_heads(
     k, v = (qkv_GnY.new_empty(groups, num_kv_heads, length, dims) for _ in range(2))
     grid = (triton.cdiv(groups * length, ROWS) * (num_heads + 2 * num_kv_heads),)
     wrap_triton(_split_heads_kernel)[grid](  # type: ignore[index]
-        qkv_GnY, scales_2d, angles_2nd, q, k, v, groups * length, length, EPS,
-        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS,
+        qkv_GnY, scales_2d, angles_2nd, q, k, v, groups * length, length,
+        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS, EPS=EPS,
     )  # fmt: skip
     return q, k, v
 
@@ -187,8 +188,8 @@ def split_heads_backward(
     sums = scales_2d.new_empty(blocks, num_heads + num_kv_heads, dims, dtype=torch.float32)
     strides = [stride for grad in grads for stride in grad.stride()[:3]]
     wrap_triton(_split_heads_backward_kernel)[(blocks * (num_heads + 2 * num_kv_heads),)](  # type: ignore[index]
-        *grads, qkv_GnY, scales_2d, angles_2nd, grad_qkv, sums, groups * length, length, EPS, *strides,
-        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS,
+        *grads, qkv_GnY, scales_2d, angles_2nd, grad_qkv, sums, groups * length, length, *strides,
+        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=ROWS, EPS=EPS,
     )  # fmt: skip
     return grad_qkv, sums
 

@@ -27,8 +27,8 @@ TILE = 2048
 def _forward_kernel(
     x, y, gate, shift, scale, out, h, factors,
     y_batch, y_frame, y_token, h_batch, h_frame, h_token, gate_row, shift_row, scale_row,
-    num_frames, num_tokens, chunks, width, eps,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    num_frames, num_tokens, chunks, width,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     frame = (tl.program_id(0) // chunks).to(tl.int64)
     begin = (tl.program_id(0) % chunks) * CHUNK
@@ -49,7 +49,7 @@ def _forward_kernel(
         wide = (wide + gates * added.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + row * width + column, wide, mask=mask)
         wide = wide.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, 1)[:, None] / width + eps)
+        factor = tl.rsqrt(tl.sum(wide * wide, 1)[:, None] / width + EPS)
         tl.store(factors + row, factor, mask=live)
         tl.store(
             h + batch * h_batch + time * h_frame + token * h_token + column,
@@ -149,7 +149,7 @@ def add_modulate(
     wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
         x_BTND, y_BTND, gate, shift, scale, out, h, factors,
         *y_BTND.stride()[:3], *h.stride()[:3], gate_row, shift_row, scale_row,
-        frames, tokens, chunks, width, EPS, **_tile(width),
+        frames, tokens, chunks, width, **_tile(width), EPS=EPS,
     )  # fmt: skip
     return out, h, factors
 
