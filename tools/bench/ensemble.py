@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import rollout
 import torch
-from rollout import SIZES, full_prompt
+from rollout_cases import SIZES, full_prompt, make_world
 from table import add_rows, cpu_name
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -54,7 +53,7 @@ class Options:
     run: Path | None = None
     """A run or export, or `lab`: its members, or --members noisy copies where it has none."""
     size: str = "12x384"
-    """Layers x width, of the sizes in tools/bench/rollout.py; not with --run."""
+    """Layers x width, of the sizes in tools/bench/rollout_cases.py; not with --run."""
     samples: int = 32
     members: int = 4
     steps: int = 1
@@ -225,11 +224,10 @@ def runner(
 def train_cost(options: Options, add: Callable[[str, float, str], None]) -> None:
     """Seconds of a training step (forward and backward) with members that share a network, and without."""
     config, pixels = SIZES[options.size]
-    settings = rollout.Options(window=options.window, device=options.device)
     taken = []
     for members in (0, options.members):
         shared = replace(config, members=members, member_rank=options.rank)
-        world = rollout.make_world(shared, pixels, settings)
+        world = make_world(shared, pixels, options.window, options.device)
         task = WorldTask(world.model.requires_grad_(True), world.normalizer, ObjectiveConfig())
         shape, device = world.spec.shape, world.device
         size = (options.batch, options.frames)
@@ -278,8 +276,9 @@ def seconds(run: Callable[[], object], options: Options) -> float:
 
 def make_ensemble(options: Options) -> Ensemble:
     """Members of one shape with random weights of their own."""
-    settings = rollout.Options(window=options.window, device=options.device)
-    return _apart([rollout.make_world(*SIZES[options.size], settings) for _ in range(options.members)])
+    return _apart(
+        [make_world(*SIZES[options.size], options.window, options.device) for _ in range(options.members)]
+    )
 
 
 def open_ensemble(options: Options) -> Ensemble:

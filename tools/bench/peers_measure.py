@@ -79,7 +79,7 @@ def keep_shown(path: Path, own_BTHWC: np.ndarray, true_BTHWC: np.ndarray) -> Non
 
 
 def picture(work: Path, path: Path) -> list[str]:
-    """A block a case: the truth, and below it every contender measured so far, whose names are returned."""
+    """A block a case: the truth, below it every contender measured so far; returns their names."""
     shown = {one.name.removesuffix(".shown.npz"): np.load(one) for one in sorted(work.glob("*.shown.npz"))}
     if not shown:
         return []
@@ -90,7 +90,9 @@ def picture(work: Path, path: Path) -> list[str]:
         videos = {"truth": first["truth"][case]} | {name: one["own"][case] for name, one in alike.items()}
         labels = [f"frame {time + 1}" for time in first["times"]]
         blocks.append(media.strip(videos, list(range(len(labels))), labels=labels))
-    media.write_png(path, np.concatenate(blocks))
+    blank = [np.full_like(blocks[0], 255)] * (len(blocks) % 2)
+    columns = [np.concatenate([*blocks, *blank][side::2]) for side in (0, 1)]
+    media.write_png(path, np.concatenate(columns, 1))
     return list(alike)
 
 

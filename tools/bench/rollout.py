@@ -22,44 +22,35 @@ from typing import Literal
 
 import numpy as np
 import torch
+from rollout_cases import SHIPPED, SIZES, Case, full_prompt, make_world
 from roofline import Machine, frames_per_s_bound, machine
 from table import add_rows, cpu_name
-from torch import nn
 
 from vidworld.config import parse
-from vidworld.contract import ActionContract, Statistics
 from vidworld.errors import ConfigError, UserError
-from vidworld.lab.planar import EMBODIMENT
-from vidworld.model.dit import DiTConfig
-from vidworld.model.inputs import FrameShape
-from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
-from vidworld.world.build import build
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.load import load
 from vidworld.world.noise_ahead import NoiseAhead
-from vidworld.world.prompt import Prompt
-from vidworld.world.spec import SamplerConfig, WorldSpec
+from vidworld.world.spec import SamplerConfig
 from vidworld.world.state import Observation, Rollout, WorldState
 from vidworld.world.world import WorldModel
 
 Variant = Literal["plain", "engine", "half", "compiled", "lean"]
 """`lean` is `compiled` with the stream between blocks in half precision."""
 
-SIZES: dict[str, tuple[DiTConfig, int]] = {
-    "24x1024": (DiTConfig(width=1024, depth=24, num_heads=16, num_kv_heads=4), 256),
-    "16x512": (DiTConfig(width=512, depth=16, num_heads=8, num_kv_heads=2), 128),
-    "12x384": (DiTConfig(width=384, depth=12, num_heads=6, num_kv_heads=2), 128),
-    "8x256": (DiTConfig(width=256, depth=8, num_heads=4, num_kv_heads=2), 128),
-}
-"""Network and pixels on a side; a patch of latents is 16 x 16 pixels, so 256 and 64 patches a frame."""
-
-SHIPPED = "lab"
-"""The world that comes with the package, in place of a size."""
 GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "12x384.b1.k1")
 CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
 GPU_VARIANTS: tuple[Variant, ...] = ("compiled", "lean", "engine", "plain")
 CPU_VARIANTS: tuple[Variant, ...] = ("engine", "plain", "half", "compiled")
 """In the order of what counts: the first is measured for all cases before anything else is."""
+PROFILED_FRAMES, LONGEST = 8, 12
+PARTS = {
+    "attention": ("flash", "fmha", "attention", "sdpa"),
+    "matmul": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "triton_mm", "triton_tem"),
+    "copy": ("memcpy", "memset", "index_copy", "copy_kernel", "catarray"),
+    "elementwise": ("triton_", "elementwise", "reduce", "softmax", "norm"),
+}
+"""Part -> what is in the names of its kernels; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -78,34 +69,12 @@ class Options:
     """Steps whose time from action to pixels is taken, at batch 1."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
+    profile: bool = False
+    """Also tell on a GPU what the time of a frame goes to: rows `rollout.part_ms.<case>.<variant>.<part>`."""
     budget_s: float = 540.0
     """Nothing new begins after so many seconds."""
     out: Path | None = Path("benchmarks/rollout.json")
     """Rows are added here; `None`: only print."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One size, batch and number of denoising steps."""
-
-    size: str
-    batch: int
-    steps: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Case":
-        """From SIZE.bBATCH.kSTEPS; raises ConfigError."""
-        size, *rest = text.split(".")
-        if size not in (*SIZES, SHIPPED) or len(rest) != 2 or rest[0][:1] != "b" or rest[1][:1] != "k":
-            raise ConfigError(
-                "--cases", got=text, expected=f"SIZE.bBATCH.kSTEPS, SIZE of {', '.join((*SIZES, SHIPPED))}"
-            )
-        return cls(size, int(rest[0][1:]), int(rest[1][1:]))
-
-    @property
-    def name(self) -> str:
-        """As it was given."""
-        return f"{self.size}.b{self.batch}.k{self.steps}"
 
 
 class Rows:
@@ -177,7 +146,9 @@ class Bench:
             began = time.monotonic()
             shipped, device = case.size == SHIPPED, self.options.device
             self._worlds[case.size] = (
-                load(SHIPPED, device) if shipped else make_world(*SIZES[case.size], self.options)
+                load(SHIPPED, device)
+                if shipped
+                else make_world(*SIZES[case.size], self.options.window, device)
             )
             print(f"{case.size}: made in {time.monotonic() - began:.0f} s", flush=True)
         return self._worlds[case.size]
@@ -247,6 +218,25 @@ class Bench:
         name = f"rollout.{self.kind}.{case.name}.{variant}.decoded"
         self.rows.add(name, per_s, self.unit(case, decoded=True))
         self._check(case, variant, run)
+        if self.options.profile and self.gpu and self.rows.has_time(f"profile of {case.name}"):
+            self._profile(case, variant, run)
+
+    def _profile(self, case: Case, variant: Variant, run: "RolloutEngine | Plain") -> None:
+        """Milliseconds a frame of the kernels of each part, and the longest kernels."""
+        state, actions = self.state(case), self.actions(case, PROFILED_FRAMES)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            run.rollout(state, actions, decode=False, check=False)
+            torch.cuda.synchronize()
+        taken = {
+            event.key: event.self_device_time_total / 1e3 / len(actions) for event in found.key_averages()
+        }
+        parts: dict[str, float] = {}
+        for kernel, ms in taken.items():
+            parts[part_of(kernel)] = parts.get(part_of(kernel), 0.0) + ms
+        for part, ms in parts.items():
+            self.rows.add(f"rollout.part_ms.{case.name}.{variant}.{part}", ms, "ms a frame, sum of kernels")
+        for kernel, ms in sorted(taken.items(), key=lambda one: -one[1])[:LONGEST]:
+            print(f"    {ms:8.4f} ms  {kernel[:110]}", flush=True)
 
     def _check(self, case: Case, variant: Variant, run: "RolloutEngine | Plain") -> None:
         """How far from the plain world, and at batch 1 the time from an action to its pixels."""
@@ -275,6 +265,15 @@ class Bench:
         per_frame = statistics.median(timed(draw, options, options.repeats)) / noise.ahead
         name = f"rollout.{self.kind}.noise_ms.{case.name}"
         self.rows.add(name, 1e3 * per_frame, f"ms a frame, {noise.ahead} at once")
+
+
+def part_of(kernel: str) -> str:
+    """What a CUDA kernel is for, by its name."""
+    name = kernel.lower()
+    for part, words in PARTS.items():
+        if any(word in name for word in words):
+            return part
+    return "other"
 
 
 class Plain:
@@ -371,38 +370,6 @@ def timed(function: Callable[[], object], options: Options, repeats: int) -> lis
 def clock(options: Options) -> float:
     """Seconds: of the wall on a GPU, of the processor on a CPU, which others use too."""
     return time.perf_counter() if options.device == "cuda" else time.process_time() / options.threads
-
-
-def full_prompt(spec: WorldSpec, sampler: SamplerConfig) -> Prompt:
-    """A prompt that fills the window."""
-    frames = np.zeros((sampler.window, spec.height, spec.width, 3), np.uint8)
-    return Prompt(frames, np.zeros((sampler.window, len(spec.contracts[0].proprio)), np.float32))
-
-
-def make_world(model: DiTConfig, pixels: int, options: Options) -> WorldModel:
-    """A world of the planar arm's embodiment with random weights, none of them zero."""
-    torch.manual_seed(0)
-    tokenizer = ConvTokenizer(ConvTokenizerConfig())
-    generator = np.random.default_rng(0)
-    contract = ActionContract(
-        EMBODIMENT.embodiment,
-        EMBODIMENT.rate_hz,
-        EMBODIMENT.action,
-        EMBODIMENT.proprio,
-        Statistics.of(generator.uniform(-1, 1, (100, len(EMBODIMENT.action)))),
-        Statistics.of(generator.uniform(-1, 1, (100, len(EMBODIMENT.proprio)))),
-    )
-    side = pixels // tokenizer.spatial_stride
-    shape = FrameShape.from_contracts(
-        [contract], views=1, channels=tokenizer.latent_channels, height=side, width=side
-    )
-    sampler = SamplerConfig(window=options.window)
-    spec = WorldSpec(model, shape, ("top",), pixels, pixels, 10.0, (contract,), sampler)
-    world = build(spec, tokenizer)
-    for parameter in world.model.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
-    return world.requires_grad_(False).eval().to(options.device)
 
 
 if __name__ == "__main__":
