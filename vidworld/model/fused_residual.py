@@ -121,12 +121,18 @@ def _rows(tensor_BTND: Tensor) -> Tensor:
     return tensor_BTND if tensor_BTND.stride(-1) == 1 else tensor_BTND.contiguous()
 
 
-def _branch(like: Tensor, y_BTND: Tensor, by_token: bool) -> Tensor:
-    """An empty input of a branch, laid out with the tokens of a frame or the frames of a token together."""
+def _branch(like: Tensor, y_BTND: Tensor, by_token: bool) -> tuple[Tensor, tuple[int, int, int], Tensor]:
+    """Memory for an input of a branch, its strides by batch, frame and token, and it as [B, T, N, D].
+
+    The tokens of a frame lie together, or with `by_token` the frames of a token. Kernels get the memory as it
+    lies: compilers know best what writes to whole tensors.
+    """
     batch, frames, tokens, width = like.shape
     if by_token:
-        return y_BTND.new_empty(batch, tokens, frames, width).transpose(1, 2)
-    return y_BTND.new_empty(batch, frames, tokens, width)
+        memory = y_BTND.new_empty(batch, tokens, frames, width)
+        return memory, (memory.stride(0), memory.stride(2), memory.stride(1)), memory.transpose(1, 2)
+    memory = y_BTND.new_empty(batch, frames, tokens, width)
+    return memory, (memory.stride(0), memory.stride(1), memory.stride(2)), memory
 
 
 @triton_op("vidworld::add_modulate", mutates_args=())
@@ -140,15 +146,16 @@ def add_modulate(
     """
     x_BTND, y_BTND = x_BTND.contiguous(), _rows(y_BTND)
     batch, frames, tokens, width = x_BTND.shape
-    out, h = torch.empty_like(x_BTND), _branch(x_BTND, y_BTND, by_token)
+    out = torch.empty_like(x_BTND)
+    memory, h_strides, h = _branch(x_BTND, y_BTND, by_token)
     factors = x_BTND.new_empty(batch, frames, tokens, dtype=torch.float32)
     (gate, gate_row), (shift, shift_row), (scale, scale_row) = map(
         _of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
     )
     chunks = triton.cdiv(tokens, CHUNK)
     wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
-        x_BTND, y_BTND, gate, shift, scale, out, h, factors,
-        *y_BTND.stride()[:3], *h.stride()[:3], gate_row, shift_row, scale_row,
+        x_BTND, y_BTND, gate, shift, scale, out, memory, factors,
+        *y_BTND.stride()[:3], *h_strides, gate_row, shift_row, scale_row,
         frames, tokens, chunks, width, **_tile(width), EPS=EPS,
     )  # fmt: skip
     return out, h, factors
@@ -167,13 +174,14 @@ def add_modulate_backward(
     """Gradients of x and y, and of shift, scale and gate in parts [3, B, T, C, D]."""
     grad_out, out, grad_h, y_BTND = grad_out.contiguous(), out.contiguous(), _rows(grad_h), _rows(y_BTND)
     batch, frames, tokens, width = out.shape
-    grad_x, grad_y = torch.empty_like(out), torch.empty_like(y_BTND)
+    grad_x = torch.empty_like(out)
+    memory, strides, grad_y = _branch(out, y_BTND, y_BTND.stride(1) < y_BTND.stride(2))
     (gate, gate_row), (scale, scale_row) = map(_of_frames, (gate_BT1D, scale_BT1D))
     chunks = triton.cdiv(tokens, CHUNK)
     sums = out.new_empty(3, batch, frames, chunks, width, dtype=torch.float32)
     wrap_triton(_backward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
-        grad_out, grad_h, out, factors, y_BTND, gate, scale, grad_x, grad_y, sums,
-        *grad_h.stride()[:3], *y_BTND.stride()[:3], *grad_y.stride()[:3], gate_row, scale_row,
+        grad_out, grad_h, out, factors, y_BTND, gate, scale, grad_x, memory, sums,
+        *grad_h.stride()[:3], *y_BTND.stride()[:3], *strides, gate_row, scale_row,
         frames, tokens, chunks, width, sums.stride(0), **_tile(width),
     )  # fmt: skip
     return grad_x, grad_y, sums
