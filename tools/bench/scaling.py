@@ -3,6 +3,7 @@
     python tools/bench/scaling.py --gpus 1 2 4                       # lab, then 12x768, under DDP
     python tools/bench/scaling.py --gpus 1 2 4 --cases 12x768 --variants ddp ddp_bf16 zero1 zero3 fsdp2
     python tools/bench/scaling.py --gpus 1 4 --cases configs/lab.yaml -- --latents latents/lab --tokenizer lab
+    python tools/bench/scaling.py --gpus 1 4 --cases 12x768 -- --engine.fused on      # else off on any number
     python tools/bench/scaling.py --device cpu --gpus 1 2 --cases 2x64 --seconds 5 --log-every 2   # a toy
 
 A case is `lab` (the settings of configs/lab.yaml) or LAYERSxWIDTH, on latents of noise that the real loader
