@@ -5,17 +5,20 @@ Triton itself is not needed here: what `fuse` does is stood in for by a change o
 
 import contextlib
 import copy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import vidworld.trainer.fusing as fusing
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
+from vidworld.model.compile import compile_blocks
 from vidworld.model.dit import CausalDiT, DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
@@ -23,7 +26,7 @@ from vidworld.trainer.engine import EngineConfig
 from vidworld.trainer.fusing import check_fused, choose_fused, disagreement, reason_against
 from vidworld.trainer.tasks import WorldTask
 from vidworld.trainer.train import train
-from vidworld.trainer.warm_up import ClipShape
+from vidworld.trainer.warm_up import ClipShape, warm_up
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = FrameShape(views=1, channels=2, height=4, width=4, proprio_dims=3, action_dims=2)
@@ -96,6 +99,24 @@ def test_the_check_leaves_no_trace(kernels):
     assert all(parameter.grad is None for parameter in task.parameters())
     assert task.net not in kernels[0]
     assert not task.net.checkpoint_blocks
+
+
+def test_the_graphs_of_the_check_are_those_of_training(monkeypatch):
+    monkeypatch.setattr(fusing, "fuse", lambda net: net)
+    made = {}
+    for checked in (False, True):
+        torch.compiler.reset()
+        graphs = CompileCounter()
+        monkeypatch.setattr(fusing, "compile_blocks", partial(compile_blocks, backend=graphs))
+        task = make_task()
+        compile_blocks(task.net, backend=graphs)
+        if checked:
+            assert check_fused(task, CLIPS, CPU, contextlib.nullcontext, compiled=True) is None
+            assert graphs.frame_count == 2
+        warm_up(task, [CLIPS], CPU, contextlib.nullcontext)
+        made[checked] = graphs.frame_count
+    torch.compiler.reset()
+    assert made[True] == made[False] > 2
 
 
 def test_what_a_compiler_throws_is_a_fault(kernels, monkeypatch):

@@ -80,19 +80,22 @@ def _backward_kernel(
         live = (token < num_tokens) & (start + tl.arange(0, ROWS)[:, None] < CHUNK)
         mask = live & inside
         row = frame * num_tokens + token
+        # All loads before the sums along the width, whose barriers would hold them back.
         factor = tl.load(factors + row, mask=live, other=0.0)
-        normal = tl.load(out + row * width + column, mask=mask, other=0.0).to(tl.float32) * factor
-        incoming = tl.load(
+        wide = tl.load(out + row * width + column, mask=mask, other=0.0)
+        read = tl.load(
             grad_h + batch * g_batch + time * g_frame + token * g_token + column, mask=mask, other=0.0
-        ).to(tl.float32)
+        )
+        grad = tl.load(grad_out + row * width + column, mask=mask, other=0.0)
+        added = tl.load(y + batch * y_batch + time * y_frame + token * y_token + column, mask=mask, other=0.0)
+        normal = wide.to(tl.float32) * factor
+        incoming = read.to(tl.float32)
         of_shift += incoming
         of_scale += incoming * normal
         incoming = incoming * scales
         along = tl.sum(incoming * normal, 1)[:, None] / width
-        grad = tl.load(grad_out + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        grad += factor * (incoming - normal * along)
+        grad = grad.to(tl.float32) + factor * (incoming - normal * along)
         tl.store(grad_x + row * width + column, grad, mask=mask)
-        added = tl.load(y + batch * y_batch + time * y_frame + token * y_token + column, mask=mask, other=0.0)
         of_gate += grad * added.to(tl.float32)
         tl.store(
             grad_y + batch * d_batch + time * d_frame + token * d_token + column, grad * gates, mask=mask
