@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol, get_args
@@ -199,10 +199,8 @@ class PlainEngine:
         """Step all optimizers, or leave weights and moments untouched when the gradient is not finite."""
         set_rates(self.optimizers, self.optim, factor)
         norm = self.gradient_norm()
-        found_inf = (~torch.isfinite(norm)).float()
-        scale = (norm / self.optim.clip).clamp(min=1.0) if self.optim.clip else torch.ones_like(norm)
+        found_inf = clip_or_skip(self.optimizers.values(), norm, self.optim.clip)
         for optimizer in self.optimizers.values():
-            optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "skipped": found_inf}
@@ -256,6 +254,27 @@ class PlainEngine:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.accelerator.wait_for_everyone()
+
+
+def clip_or_skip(optimizers: Iterable[torch.optim.Optimizer], norm: Tensor, clip: float) -> Tensor:
+    """Let the next steps divide gradients so that their `norm` is at most `clip` (0: leave them).
+
+    Where the norm is not finite those steps change nothing; gives 1 then, else 0, still on the device.
+    """
+    found_inf = (~torch.isfinite(norm)).float()
+    scale = (norm / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
+    return found_inf
+
+
+def norm_over_ranks(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The norm of a gradient of which every rank holds these parts, equal on all ranks."""
+    squared = torch.zeros((), device=device)
+    if gradients:
+        squared = torch.nn.utils.get_total_norm(gradients).square()
+    torch.distributed.all_reduce(squared)
+    return squared.sqrt()
 
 
 def _reduce_in_bf16(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:

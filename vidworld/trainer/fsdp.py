@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vidworld.errors import ConfigError, require
@@ -13,6 +12,7 @@ from vidworld.trainer.engine import (
     autocast_of,
     has_accelerator,
     joined,
+    norm_over_ranks,
     process_group,
 )
 from vidworld.trainer.optim import OptimConfig, build_optimizers
@@ -85,12 +85,9 @@ class FsdpEngine(PlainEngine):
 
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient from the rows of all ranks."""
-        squared = torch.zeros((), device=self.device)
-        gradients = [rows.grad for _, rows in self.parameters if rows.grad is not None]
-        if gradients:
-            squared = torch.nn.utils.get_total_norm(gradients).square()
-        torch.distributed.all_reduce(squared)
-        return squared.sqrt()
+        return norm_over_ranks(
+            [rows.grad for _, rows in self.parameters if rows.grad is not None], self.device
+        )
 
     def elsewhere(self) -> set[str]:
         """Parameters with fewer rows than there are ranks."""

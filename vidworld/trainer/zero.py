@@ -11,8 +11,10 @@ from vidworld.errors import ConfigError, require
 from vidworld.model.compile import compile_without_hooks
 from vidworld.trainer.engine import (
     EngineConfig,
+    clip_or_skip,
     joined,
     named_moments,
+    norm_over_ranks,
     process_group,
     read_moments,
     refuse_unknown,
@@ -26,7 +28,8 @@ class ZeroEngine:
     """DeepSpeed ZeRO through accelerate: AdamW's moments, gradients (2) and weights (3) are cut across ranks.
 
     Weights are float32, with bfloat16 autocast as in `PlainEngine`, so that weights, EMA and checkpoints are
-    the same files. DeepSpeed itself clips, and skips steps that are not finite.
+    the same files. Clipping and skipping are those of `PlainEngine`, on the device: DeepSpeed's own wait for
+    it several times a step, with nothing queued meanwhile.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class ZeroEngine:
         require("transformers", "train")  # accelerate's DeepSpeed path imports it
         bf16 = uses_bf16(config)
         plugin = accelerate.DeepSpeedPlugin(
-            hf_ds_config=deepspeed_config(config, optim, micro_batch_size=micro_batch_size, bf16=bf16)
+            hf_ds_config=deepspeed_config(config, micro_batch_size=micro_batch_size, bf16=bf16)
         )
         # Not cpu=True: with it accelerate quietly leaves DeepSpeed out.
         self.accelerator = joined(
@@ -64,6 +67,7 @@ class ZeroEngine:
             _gather_by_block(task)
         optimizer = build_optimizers(list(task.named_parameters()), optim)["adamw"]
         self.module, _ = self.accelerator.prepare(task.to(self.device), optimizer)
+        self._take_norm_over()
 
     def backward(self, inputs: tuple[Any, ...], share: float | Tensor, *, last: bool) -> dict[str, Tensor]:
         """Accumulate `share` of this micro-batch's gradient; ranks are joined at the last one."""
@@ -73,16 +77,23 @@ class ZeroEngine:
         return losses
 
     def update(self, factor: float) -> dict[str, Tensor]:
-        """Let DeepSpeed clip and step; a step whose global gradient norm is not finite is skipped."""
-        for group in self.module.optimizer.param_groups:
+        """Let DeepSpeed step, clipped; where the global gradient norm is not finite nothing changes."""
+        zero = self.module.optimizer
+        for group in zero.param_groups:
             group["lr"] = self.optim.lr * factor
+        parts = [part.float() for group in zero.averaged_gradients.values() for part in group]
+        norm = norm_over_ranks(parts, self.device)
+        skipped = clip_or_skip([zero.optimizer], norm, self.optim.clip)
         self.module.step()
-        norm = self.module.get_global_grad_norm()
-        skipped = bool(self.module.optimizer.overflow)
-        return {
-            "grad_norm": torch.as_tensor(float("nan") if skipped else norm, device=self.device),
-            "skipped": torch.tensor(float(skipped), device=self.device),
-        }
+        return {"grad_norm": norm, "skipped": skipped}
+
+    def _take_norm_over(self) -> None:
+        """Tell DeepSpeed a norm that is on no device, instead of letting it wait for its own."""
+        zero, known = self.module.optimizer, torch.zeros(())
+        if self.shards_weights:
+            zero._get_norm_groups = lambda: [known]
+        else:
+            zero.scaled_global_norm = lambda: known
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's moments by `adamw/<parameter>/<moment>`, as `pieces` names parts of them."""
@@ -104,7 +115,7 @@ class ZeroEngine:
                     if value.ndim:
                         state.setdefault(moment, torch.zeros_like(flat))[place] = value.to(flat)
                     else:
-                        state[moment] = value.clone()
+                        state[moment] = value.to(flat.device, copy=True)
             if state:
                 self.module.optimizer.optimizer.state[flat] = state
         refuse_unknown(stored, {f"adamw/{name}" for name in self._names.values()}, where)
@@ -178,20 +189,22 @@ def _gather_by_block(task: nn.Module) -> None:
             compile_without_hooks(block)
 
 
-def deepspeed_config(
-    config: EngineConfig, optim: OptimConfig, *, micro_batch_size: int, bf16: bool
-) -> dict[str, Any]:
+def deepspeed_config(config: EngineConfig, *, micro_batch_size: int, bf16: bool) -> dict[str, Any]:
     """What DeepSpeed is told; `training/deepspeed_zero*.json` show it for each stage."""
     autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if bf16 else {}
+    # Stages 1 and 2 all-reduce either way; without this they also copy each bucket out and in for it.
+    whole_buckets = {} if config.strategy == "zero3" else {"reduce_scatter": False}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": optim.clip,
+        "gradient_clipping": 0.0,  # the engine's matter
         "zero_optimization": {
             "stage": int(config.strategy[-1]),
             "overlap_comm": False,
             "contiguous_gradients": True,
+            **whole_buckets,
         },
+        "timers": {"throughput": {"enabled": False}},  # would wait for the device twice a step
         **autocast,
     }
 
