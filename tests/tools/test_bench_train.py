@@ -122,6 +122,34 @@ def test_a_size_that_is_none_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_as_many_clips_as_fit(monkeypatch):
+    """Any whole number, the last one that the plan finds room for, and never more than 64."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    import train
+
+    class Plan:
+        def __init__(self, rows: int, fixed: float, each: float) -> None:
+            self.total_gib = fixed + each * rows
+
+    def chosen(fixed: float, each: float) -> int:
+        monkeypatch.setattr(train, "planner", lambda case: lambda rows: Plan(rows, fixed, each))
+        case = train.Case("", None, 16, 8, 8, 1, torch.device("cuda"), BENCH, True, BENCH)
+        return train.rows_that_fit(case)
+
+    class Card:
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    assert chosen(fixed=5.0, each=9.0) == 7  # of 68 GiB; 64 + 4 are full and 5 + 8 x 9 too many
+    assert chosen(fixed=4.0, each=16.0) == 4, "exactly full"
+    assert chosen(fixed=90.0, each=1.0) == 1, "one is tried in any case"
+    assert chosen(fixed=1.0, each=0.1) == 64
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 def test_the_forecast_knows_what_compiles(monkeypatch):
     """Of the first variant's time until one of the kind was measured, and then as the longest of the kind."""
     monkeypatch.syspath_prepend(str(BENCH))
@@ -133,8 +161,8 @@ def test_the_forecast_knows_what_compiles(monkeypatch):
     forecast.took_s["ours"] = 80.0
     assert forecast.seconds("bare") == GUESS["shared"] * 80
     assert forecast.seconds("naive_compiled") == GUESS["own"] * 80
-    forecast.took_s |= {"bare": 12.0, "zero1": 20.0, "fsdp2": 45.0}
-    assert forecast.seconds("muon") == 20
+    forecast.took_s |= {"bare": 12.0, "zero1": 20.0, "zero3": 45.0}
+    assert forecast.seconds("muon") == forecast.seconds("fsdp2") == 20
     assert forecast.seconds("half_residual") == 45
     assert forecast.seconds("naive") == GUESS["eager"] * 80
     alone = Forecast({"naive": 20.0})
