@@ -12,7 +12,8 @@ from vidworld.errors import ConfigError
 from vidworld.model.compile import compile_blocks, fuse
 from vidworld.trainer.engine import EngineConfig, uses_compile
 from vidworld.trainer.tasks import Moment, WorldTask
-from vidworld.trainer.warm_up import ClipShape, synthetic_batch
+from vidworld.trainer.warm_up import ClipShape, moments, synthetic_batch
+from vidworld.types import Batch
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -47,7 +48,7 @@ def choose_fused(
         torch.cuda.empty_cache()  # the check's memory is cut otherwise than training's
         if fault is None:
             fuse(task.net)
-            return "fused kernels: on (gradients of two blocks checked against the plain code)"
+            return "fused kernels: on (gradients of some blocks checked against the plain code)"
         fault = f"they failed their check on this machine: {fault}"
     if config.fused == "on":
         raise _refusal(fault)
@@ -87,22 +88,26 @@ def reason_to_wait(config: EngineConfig, world_size: int) -> str | None:
 def check_fused(
     task: WorldTask, shape: ClipShape, device: torch.device, autocast: Autocast, *, compiled: bool
 ) -> str | None:
-    """Differentiate a copy of two blocks in float32, plainly and fused: None, or what is wrong with the last.
+    """Differentiate some copied blocks in float32, plainly and fused: None, or what is wrong with the last.
 
-    The blocks see clips of `shape`, as in training, and are compiled if `compiled`, so that the graph that is
-    checked is the one that trains. Weights that are zero, as all gates are at first, are drawn instead.
+    The blocks see clips of `shape`, as in training, and are compiled if `compiled`, so that what is checked
+    are the graphs that train; those of half steps and imagined histories must be made, too. Weights that are
+    zero, as all gates are at first, are drawn instead.
     """
     try:
         probe = _probe(task)
         batch = synthetic_batch(task, shape, device)
+        first, *others = moments(task, shape)
         probe.net.checkpoint_blocks = True  # an eager pass in float32 keeps far more than training does
-        exact = _gradients(probe, batch, device, contextlib.nullcontext)
-        plain = _gradients(probe, batch, device, autocast)
+        exact = _gradients(probe, batch, first, device, contextlib.nullcontext)
+        plain = _gradients(probe, batch, first, device, autocast)
         probe.net.checkpoint_blocks = task.net.checkpoint_blocks
         fuse(probe.net)
         if compiled:
             compile_blocks(probe.net)
-        fused = _gradients(probe, batch, device, autocast)
+        fused = _gradients(probe, batch, first, device, autocast)
+        for moment in others:
+            _gradients(probe, batch, moment, device, autocast)
     except Exception as error:  # a compiler raises whatever it likes
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return disagreement(fused, plain, exact)
@@ -122,10 +127,10 @@ def disagreement(
 
 
 def _probe(task: WorldTask) -> WorldTask:
-    """A copy with one block of each kind, or two of the only kind, and no weight that is zero everywhere."""
+    """A copy with two blocks and one that attends over time, and no weight that is zero everywhere."""
     blocks = task.net.blocks
     timed = next((i for i, block in enumerate(blocks) if i and block.time is not None), len(blocks) - 1)
-    task.net.blocks = nn.ModuleList(blocks[i] for i in sorted({0, timed}))
+    task.net.blocks = nn.ModuleList(blocks[i] for i in sorted({0, min(1, timed), timed}))
     try:
         probe = copy.deepcopy(task)
     finally:
@@ -140,11 +145,11 @@ def _probe(task: WorldTask) -> WorldTask:
 
 
 def _gradients(
-    probe: WorldTask, batch: object, device: torch.device, autocast: Autocast
+    probe: WorldTask, batch: Batch, moment: Moment, device: torch.device, autocast: Autocast
 ) -> dict[str, Tensor]:
     named = [(name, p) for name, p in probe.net.named_parameters() if p.requires_grad]
     generator = torch.Generator(device).manual_seed(0)
     with autocast():
-        loss = probe(batch, generator, Moment())["loss"]
+        loss = probe(batch, generator, moment)["loss"]
     found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return {name: grad for (name, _), grad in zip(named, found, strict=True) if grad is not None}

@@ -65,7 +65,7 @@ def warm_up(task: WorldTask, shapes: Sequence[ClipShape], device: torch.device, 
     began = time.perf_counter()
     for shape in shapes:
         batch = synthetic_batch(task, shape, device)
-        for moment in _moments(task, shape):
+        for moment in moments(task, shape):
             _forward_backward(task, batch, moment, device, autocast)
     return _settled(began, device)
 
@@ -124,7 +124,7 @@ def prepare_kernels(
     return "; ".join(said)
 
 
-def _moments(task: WorldTask, shape: ClipShape) -> list[Moment]:
+def moments(task: WorldTask, shape: ClipShape) -> list[Moment]:
     """Moments at which every number of rows occurs that may learn from half steps, or imagine a history."""
     objective, rows = task.objective, shape.rows
     latent_frames = num_latent_frames(shape.frames, task.net.shape.actions_per_frame)
