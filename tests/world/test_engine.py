@@ -86,6 +86,15 @@ def test_the_stream_between_blocks_in_half_precision(new_world, prompt, actions)
     assert rounded[0] < 3 * rounded[1] < 0.05, rounded
 
 
+def test_kernels_that_cannot_run_here_change_nothing(world, prompt, actions, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    state, given = world.reset(prompt(world, 3)), actions(world, 2)
+    got = RolloutEngine(world, kernels=("space", "time", "mlp", "residual")).rollout(state, given)
+    assert worst(got, RolloutEngine(world).rollout(state, given)) == 0
+    with pytest.raises(ConfigError, match=r"kernels of the engine.*'speed'.*space \| time"):
+        RolloutEngine(world, kernels=("speed",))
+
+
 def test_several_robots_views_and_padding(new_world, contract, prompt):
     """Two embodiments of other widths side by side, two views."""
     robots = (contract("arm", 3, 4), contract("hand", 2, 5))

@@ -27,7 +27,8 @@ from roofline import Machine, frames_per_s_bound, machine
 from table import add_rows, cpu_name
 
 from vidworld.config import parse
-from vidworld.errors import ConfigError, UserError
+from vidworld.errors import UserError
+from vidworld.model.streaming import StreamKernels
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.load import load
 from vidworld.world.noise_ahead import NoiseAhead
@@ -35,8 +36,31 @@ from vidworld.world.spec import SamplerConfig
 from vidworld.world.state import Observation, Rollout, WorldState
 from vidworld.world.world import WorldModel
 
-Variant = Literal["plain", "engine", "half", "compiled", "lean"]
-"""`lean` is `compiled` with the stream between blocks in half precision."""
+Variant = Literal[
+    "plain",
+    "engine",
+    "half",
+    "compiled",
+    "lean",
+    "flash",
+    "space",
+    "time",
+    "blocks",
+    "kernels",
+    "fused",
+    "autotune",
+]
+"""`lean` is `compiled` with the stream between blocks in half precision. All that follow are lean as well:
+`flash` without cuDNN's attention, `space`, `time` and `blocks` with those Triton kernels alone (`blocks`: MLP
+and residual stream), `fused` with all of them, `kernels` with all and without the compiler,
+`autotune` with all and with tuned matrix products."""
+KERNELS: dict[Variant, tuple[str, ...]] = {
+    "space": ("space",),
+    "time": ("time",),
+    "blocks": ("mlp", "residual"),
+    "fused": StreamKernels._fields,
+    "autotune": StreamKernels._fields,
+}
 
 GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "12x384.b1.k1")
 CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
@@ -69,6 +93,8 @@ class Options:
     """Steps whose time from action to pixels is taken, at batch 1."""
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
+    pixels: bool = True
+    """Also measure with pixels: speed, latency, and how far they are from the plain world's."""
     profile: bool = False
     """Also tell on a GPU what the time of a frame goes to: rows `rollout.part_ms.<case>.<variant>.<part>`."""
     budget_s: float = 540.0
@@ -115,17 +141,21 @@ def main(arguments: Sequence[str], prog: str) -> None:
     variants = options.variants or (GPU_VARIANTS if gpu else CPU_VARIANTS)
     for variant in variants:
         measured = []
+        if gpu:
+            # Which kernel computes attention is decided when a graph is compiled.
+            torch.backends.cuda.enable_cudnn_sdp(variant != "flash")
+            torch.compiler.reset()
         for case in cases:
             if rows.has_time(f"{case.name}.{variant}"):
-                bench.measure(case, variant, decoded=variant != variants[0])
+                bench.measure(case, variant, decoded=options.pixels and variant != variants[0])
                 measured.append(case)
-        if variant == variants[0]:
+        if variant == variants[0] and options.pixels:
             for case in measured:
                 if rows.has_time(f"{case.name}.{variant} with its pixels"):
                     bench.look(case, variant)
-    for case in cases:
+    for case in cases if options.pixels else ():
         if rows.has_time(f"noise of {case.name}"):
-            bench.noise(case, compiled=bool({"compiled", "lean"} & set(variants)))
+            bench.noise(case, compiled=bool(set(variants) - {"plain", "engine", "half"}))
 
 
 class Bench:
@@ -205,8 +235,23 @@ class Bench:
         print(f"{case.name} {variant}: {time.monotonic() - began:.0f} s with warming up", flush=True)
         if decoded:
             self._check(case, variant, run)
-        else:
+        elif self.options.pixels:
             self._engines[case] = run
+        else:
+            self._rough_check(case, variant, run)
+
+    def _rough_check(self, case: Case, variant: Variant, run: "RolloutEngine | Plain") -> None:
+        """How far latents are from the plain world's, which costs less than pixels."""
+        state, actions = self.state(case), self.actions(case, 2)
+        got, want = (
+            one.rollout(state, actions, decode=False, check=False).latents_BTVChw.double()
+            for one in (run, Plain(self.world(case), self.sampler(case)))
+        )
+        off = float((got - want).norm() / want.norm())
+        name = f"rollout.{self.kind}.{case.name}.{variant}.latents_off"
+        self.rows.add(name, off, "of the latents' norm over 2 frames, to plain")
+        if self.options.profile and self.gpu:
+            self._profile(case, variant, run)
 
     @torch.no_grad()
     def look(self, case: Case, variant: Variant) -> None:
@@ -309,9 +354,16 @@ def runner(variant: Variant, world: WorldModel, sampler: SamplerConfig) -> "Roll
             return RolloutEngine(world, sampler=sampler, half=True)
         case "compiled":
             return RolloutEngine(world, sampler=sampler, compile=True)
-        case "lean":
-            return RolloutEngine(world, sampler=sampler, compile=True, residual="autocast")
-    raise ConfigError("--variants", got=variant)
+        case "kernels":
+            names = StreamKernels._fields
+            return RolloutEngine(world, sampler=sampler, residual="autocast", kernels=names)
+        case "autotune":
+            return RolloutEngine(
+                world, sampler=sampler, compile="autotune", residual="autocast", kernels=KERNELS[variant]
+            )
+        case _:
+            kernels = KERNELS.get(variant, ())
+            return RolloutEngine(world, sampler=sampler, compile=True, residual="autocast", kernels=kernels)
 
 
 def frames_per_s(

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vidworld.errors import ConfigError
 from vidworld.model.compile import MAX_GRAPHS
+from vidworld.model.streaming import StreamKernels
 from vidworld.types import Frames
 from vidworld.world.capture import captured
 from vidworld.world.codec import Codec, to_video
@@ -39,12 +40,14 @@ class RolloutEngine:
     fixed slots, each frame is committed in the first pass of the next one, and what the passes of a frame
     share is computed once. Frames are equal to the world's up to rounding.
 
-    compile: `torch.compile` the blocks and the noise; takes up to minutes, once. graphs: on CUDA, capture
+    compile: `torch.compile` the blocks and the noise; takes up to minutes, once, and minutes more with
+    "autotune", which tries several kernels for each matrix product. graphs: on CUDA, capture
     each frame as one graph. Either falls back with a warning where it fails. half: bfloat16 autocast; by
     default as the world, which has it on CUDA alone. A CPU with bfloat16 instructions is about twice as fast
     with it, and others are slower. Under autocast the engine holds half-precision copies of the weights: make
     another engine when they change. residual: what the stream between blocks is kept in under autocast, by
     default as in training; "autocast" halves what large batches move and rounds what each block adds.
+    kernels: names of `vidworld.model.streaming.StreamKernels`, to run where they can (on CUDA).
 
         engine = RolloutEngine(world)
         rollout = engine.rollout(state, actions)      # values in, values out
@@ -59,14 +62,22 @@ class RolloutEngine:
         world: WorldModel,
         *,
         sampler: SamplerConfig | None = None,
-        compile: bool = False,
+        compile: bool | Literal["autotune"] = False,
         graphs: bool = True,
         half: bool | None = None,
         residual: Literal["float32", "autocast"] | None = None,
+        kernels: Collection[str] = (),
     ) -> None:
+        if unknown := set(kernels) - set(StreamKernels._fields):
+            raise ConfigError(
+                "kernels of the engine", got=sorted(unknown), expected=" | ".join(StreamKernels._fields)
+            )
+        self._kernels = tuple(kernels)
         self.world = world
         self.sampler = sampler or world.spec.sampler
-        self._compiler: Callable[..., Any] | None = _compile if compile else None
+        self._compiler: Callable[..., Any] | None = (
+            functools.partial(_compile, autotune=compile == "autotune") if compile else None
+        )
         self._graphs = graphs and world.device.type == "cuda"
         with world.precision():
             self._half = torch.is_autocast_enabled(world.device.type) if half is None else half
@@ -204,6 +215,7 @@ class RolloutEngine:
             "dtype": self.world.dtype,
             "cache_dtype": torch.bfloat16 if self._half else next(self._models[0].parameters()).dtype,
             "compiler": self._compiler,
+            "kernels": self._kernels,
         }
         with self._precision():
             if len(self._models) > 1:
@@ -268,11 +280,12 @@ def _halved(module: Module) -> Module:
     return halved
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], *, autotune: bool) -> Callable[..., Any]:
     """`function` compiled for the shapes it meets; where that fails it warns and runs as it is."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
-    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    options: dict[str, Any] | None = {"max_autotune_gemm": True} if autotune else None
+    compiled = torch.compile(function, dynamic=False, fullgraph=True, options=options)
     works = True
 
     @functools.wraps(function)

@@ -5,7 +5,7 @@ Computes what `dynamics.imagine` does, in K passes through the network instead o
 of a frame, Q conditions of a frame, D width, X noise dims.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -41,11 +41,14 @@ class FrameLoop:
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
         compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        kernels: Collection[str] = (),
     ) -> None:
         self.model, self.sampler, self.batch = model, sampler, batch
         shape, config = model.shape, model.config
         self.clock = Clock(sampler.window, sampler.sink)
-        self.net = StreamedDiT(model, self.clock, batch, dtype=cache_dtype, compiler=compiler)
+        self.net = StreamedDiT(
+            model, self.clock, batch, dtype=cache_dtype, compiler=compiler, kernels=kernels
+        )
         device = self.net.device
 
         def zeros(*size: int) -> Tensor:

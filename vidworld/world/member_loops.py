@@ -3,7 +3,7 @@
 Shapes: B rows of all members, k actions a frame.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,16 @@ class MemberLoops:
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
         compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        kernels: Collection[str] = (),
     ) -> None:
         self.member_B = member_B
         self.rows = [index_B for _, index_B in member_rows(member_B)]
-        settings: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "compiler": compiler}
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "cache_dtype": cache_dtype,
+            "compiler": compiler,
+            "kernels": kernels,
+        }
         self.loops = [
             FrameLoop(models[member], samplers[member], len(index_B), **settings)
             for member, index_B in member_rows(member_B)
