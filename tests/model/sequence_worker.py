@@ -65,7 +65,13 @@ def main() -> None:
     (gradient,) = torch.autograd.grad((back * (1 + half.detach())).sum(), half)
     results["gradient"] = float((gradient - 1 - half.detach()).abs().max())
 
-    for name, changes in (("eager", {}), ("rectangles", {"attention": "rectangles"}), ("compiled", {})):
+    cases = {
+        "eager": {},
+        "rectangles": {"attention": "rectangles"},
+        "previous frame": {"previous_frame": True},
+        "compiled": {},
+    }
+    for name, changes in cases.items():
         model = make_model(**changes).requires_grad_(True)
         expected = trained(model, make_clip, time=4)
         shard_sequence(model, group)

@@ -78,9 +78,9 @@ def run(model: CausalDiT, clip, streams: Streams = STREAMS) -> Frames:
     return model(*clip.parts(), streams=streams)[0]
 
 
-@pytest.fixture
-def model(make_model: Callable[..., CausalDiT]) -> CausalDiT:
-    return make_model(MIXED)
+@pytest.fixture(params=[False, True], ids=["attention", "previous frame"])
+def model(make_model: Callable[..., CausalDiT], request: pytest.FixtureRequest) -> CausalDiT:
+    return make_model(MIXED, previous_frame=request.param)
 
 
 def scrambled(frames: Frames, embodiment_B: torch.Tensor, value: float) -> Frames:
@@ -194,7 +194,7 @@ def test_compiled_blocks_take_the_mask(model, make_clip, difference) -> None:
 @pytest.mark.parametrize("order", [("b", "new", "a"), ("new", "a", "b", "c")])
 def test_known_robots_keep_every_bit_when_tables_grow(make_model, make_clip, order) -> None:
     """A new robot with more of everything comes in between; each old one predicts what it did."""
-    old = make_model(MIXED)
+    old = make_model(MIXED, previous_frame=True)
     known = {name: index for index, name in enumerate(NAMES)}
     wider = FrameShape(
         views=4,
@@ -216,7 +216,7 @@ def test_known_robots_keep_every_bit_when_tables_grow(make_model, make_clip, ord
         embodiment_widths=tuple(MIXED.grid(known[n])[2] if n in known else 8 for n in order),
     )
     before, after = Robots(NAMES, MIXED, 2), Robots(order, wider, 2)
-    grown = make_model(wider)
+    grown = make_model(wider, previous_frame=True)
     grown.load_state_dict(carry_over(old.state_dict(), before, after))
     clip = make_clip(batch=1, shape=MIXED)
     for name in set(order) & set(NAMES):
@@ -233,6 +233,7 @@ def test_known_robots_keep_every_bit_when_tables_grow(make_model, make_clip, ord
     torch.testing.assert_close(table[new], old.condition_embedding.embodiment.weight.mean(0))
     assert not grown.action_embedding.linear.weight_EIO[new].any()
     assert not grown.proprio_head.weight_EIO[new].any()
+    assert not grown.token_embedding.previous_proprio.weight_EIO[new].any()
 
 
 def test_negative_control_rows_by_place_are_other_robots(make_model) -> None:

@@ -16,10 +16,13 @@ def counted(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("noise_dims", "modulation_rank"), [(0, 0), (3, 0), (3, 8)])
-def test_one_frame_counts_what_torch_counts(make_model, make_clip, noise_dims, modulation_rank):
-    model = make_model(noise_dims=noise_dims, modulation_rank=modulation_rank)
-    clip = make_clip(time=1, batch=2, noise_dims=noise_dims)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"noise_dims": 3}, {"noise_dims": 3, "modulation_rank": 8}, {"previous_frame": True}],
+)
+def test_one_frame_counts_what_torch_counts(make_model, make_clip, settings):
+    model = make_model(**settings)
+    clip = make_clip(time=1, batch=2, noise_dims=model.config.noise_dims)
     torch_count = counted(lambda: model(*clip.parts(), streams=Streams(1)))
     assert torch_count == 2 * forward_flops(model, Streams(1))
 

@@ -10,7 +10,7 @@ from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT, DiTConfig
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.model.members import MemberLinear
-from vidworld.model.merge import first_member, merge_member, with_members
+from vidworld.model.merge import first_member, merge_member, with_fresh_parts
 from vidworld.model.parameters import parameter_groups
 from vidworld.model.two_stream import cached_predictor, ingest, target_predictor
 from vidworld.types import Frames, SignalLevel
@@ -139,7 +139,7 @@ def test_a_trained_network_becomes_a_trunk(model):
     plain = CausalDiT(dataclasses.replace(CONFIG, members=0), SHAPE)
     assert not any("JrI" in name for name in plain.state_dict())
     shared = CausalDiT(CONFIG, SHAPE)
-    weights = with_members(plain.state_dict(), shared)
+    weights = with_fresh_parts(plain.state_dict(), shared)
     assert weights.keys() == shared.state_dict().keys()
     shared.load_state_dict(weights)
     assert torch.equal(shared.blocks[0].mlp.down.weight, plain.blocks[0].mlp.down.weight)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,12 @@ from vidworld.types import Frames, SignalLevel
 
 EXACT = 1e-11
 T = 5
+
+
+@pytest.fixture(params=[False, True], ids=["attention", "previous frame"])
+def make_model(make_model, request):
+    """Models that see the past by attention alone, and such that are given the frame before as well."""
+    return partial(make_model, previous_frame=request.param)
 
 
 @pytest.fixture
@@ -68,6 +75,24 @@ def test_targets_see_the_context_before_them_and_no_other_target(make_model, con
     others = [0, 1, 3, 4]
     assert difference(moved[:, others], before[:, others]) == 0
     assert difference(moved[:, 2:3], before[:, 2:3]) > 1e-3
+
+
+def test_the_frame_before_a_target_is_the_context_s(make_model, context, targets, difference):
+    """With all gates of attention shut, the frame before is all that is seen of the past."""
+    model = make_model(noise_dims=3)
+    reads = model.config.previous_frame
+    for block in model.blocks:
+        for parameter in block.modulation.parameters():
+            parameter.zero_()
+    before = answer(predictor(model, context), targets)
+    for part in ("latents_BTVChw", "proprio_BTS"):
+        changed = getattr(context.frames, part).clone()
+        changed[:, 2] += 1
+        moved = replace(context, frames=replace(context.frames, **{part: changed}))
+        after = answer(predictor(model, moved), targets)
+        others = [0, 1, 2, 4]
+        assert difference(after[:, others], before[:, others]) == 0
+        assert (difference(after[:, 3:4], before[:, 3:4]) > 1e-3) == reads
 
 
 def test_streams_are_independent(make_model, make_clip, context, difference):

@@ -157,6 +157,38 @@ def test_a_world_starts_from_another(
         settings.world(latents, tokenizer_run, objective={"kind": "energy"})
 
 
+def test_a_world_begins_from_one_that_was_not_given_the_frame_before(
+    latents: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Its new input starts at zero and learns; the way back is refused."""
+    plain = to_mapping(settings.world(latents, tokenizer_run).model)
+    reads = {**plain, "previous_frame": True}
+    first = settings.world(latents, tokenizer_run, loop={"steps": 2})
+    train(first, tmp_path / "plain", progress_bar=False)
+    old = vidworld.load(tmp_path / "plain", device="cpu").model.state_dict()
+    for rate, name in ((0.0, "still"), (1e-3, "learnt")):
+        run = settings.world(
+            latents,
+            tokenizer_run,
+            model=reads,
+            init=str(tmp_path / "plain"),
+            loop={"steps": 2},
+            optim={"lr": rate, "muon_lr": rate},
+        )
+        train(run, tmp_path / name, progress_bar=False)
+        new = vidworld.load(tmp_path / name, device="cpu").model.state_dict()
+        added = new.keys() - old.keys()
+        assert added == {
+            f"token_embedding.previous_{part}"
+            for part in ("patch.weight", "proprio.weight_EIO", "proprio.bias_EO")
+        }
+        assert all(bool(new[key].any()) == (name == "learnt") for key in added)
+        assert all(torch.equal(new[key], old[key]) for key in old) == (name == "still")
+    back = settings.world(latents, tokenizer_run, model=plain, init=str(tmp_path / "learnt"))
+    with pytest.raises(CheckpointError, match=r"another architecture.*3 unknown .*previous_"):
+        train(back, tmp_path / "back", progress_bar=False)
+
+
 def test_runs_are_not_overwritten_unasked(
     tokenizer_run: Path, planar: Path, settings: SimpleNamespace, tmp_path: Path
 ) -> None:

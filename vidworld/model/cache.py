@@ -3,14 +3,15 @@
 Shapes: B batch, N tokens a frame, h key-value heads, F cached frames, d head dims.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vidworld.errors import ConfigError
+from vidworld.types import Frames
 
 
 class KeyValue(NamedTuple):
@@ -31,6 +32,8 @@ class KVCache:
     """
 
     layers: tuple[KeyValue, ...]
+    newest: Frames | None = None
+    """The newest frame [B, 1] as it was committed, noise included; for models with `previous_frame`."""
 
     @property
     def num_frames(self) -> int:
@@ -43,7 +46,7 @@ class KVCache:
         return self.layers[0].key.shape[0]
 
     def append(self, layers: Sequence[KeyValue]) -> "KVCache":
-        """Add newer frames at the end."""
+        """Add newer frames at the end; `newest` is the caller's to set."""
         assert len(layers) == len(self.layers)
         return KVCache(
             tuple(
@@ -52,14 +55,14 @@ class KVCache:
             )
         )
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KVCache":
+        """Apply to every tensor."""
+        layers = (KeyValue(function(layer.key), function(layer.value)) for layer in self.layers)
+        return KVCache(tuple(layers), None if self.newest is None else self.newest.map(function))
+
     def fork(self, index_B: Tensor) -> "KVCache":
         """Select rows, with repetition: one state becomes many, or the survivors are kept."""
-        return KVCache(
-            tuple(
-                KeyValue(layer.key.index_select(0, index_B), layer.value.index_select(0, index_B))
-                for layer in self.layers
-            )
-        )
+        return self.map(lambda tensor: tensor.index_select(0, index_B))
 
     def roll(self, window: int, sink: int = 0) -> "KVCache":
         """Keep the first `sink` frames, pinned, and the newest others: at most `window` in all.
@@ -75,13 +78,5 @@ class KVCache:
         def keep(tensor: Tensor) -> Tensor:
             return torch.cat([tensor[:, :, :, :sink], tensor[:, :, :, newest:]], 3)
 
-        return KVCache(tuple(KeyValue(keep(layer.key), keep(layer.value)) for layer in self.layers))
-
-    def truncate(self, num_frames: int) -> "KVCache":
-        """Keep only the first `num_frames`: forget frames that were given but not decided yet."""
-        return KVCache(
-            tuple(
-                KeyValue(layer.key[:, :, :, :num_frames], layer.value[:, :, :, :num_frames])
-                for layer in self.layers
-            )
-        )
+        layers = tuple(KeyValue(keep(layer.key), keep(layer.value)) for layer in self.layers)
+        return replace(self, layers=layers)

@@ -25,6 +25,7 @@ from vidworld.model.embed import (
     ConditionEmbedding,
     EmbodimentLinear,
     TokenEmbedding,
+    frames_before,
     patch_positions,
     unpatchify,
 )
@@ -67,6 +68,9 @@ class DiTConfig:
     residual: Literal["float32", "autocast"] = field(default="float32", metadata={"omit_default": True})
     """What the residual stream is kept in under autocast: `autocast` is half the memory traffic, and rounds
     what each block adds."""
+    previous_frame: bool = field(default=False, metadata={"omit_default": True})
+    """Whether the tokens of a frame are given the frame before, as the context shows it, besides attention:
+    what rests is then easily copied. Weights from before start it at zero, and mean what they meant."""
 
     def __post_init__(self) -> None:
         counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
@@ -227,7 +231,9 @@ class CausalDiT(nn.Module):
         self.checkpoint_blocks = False
         width = config.width
         self.action_embedding = ActionEmbedding(shape, width)
-        self.token_embedding = TokenEmbedding(shape, width, config.patch_size, config.num_registers)
+        self.token_embedding = TokenEmbedding(
+            shape, width, config.patch_size, config.num_registers, previous_frame=config.previous_frame
+        )
         self.condition_embedding = ConditionEmbedding(shape, width, config.noise_dims)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
@@ -285,15 +291,19 @@ class CausalDiT(nn.Module):
         """
         streams = replace(streams, past=0 if cache is None else cache.num_frames)
         assert frames.num_frames == streams.num_queries, (frames.num_frames, streams)
+        previous = newest = None
+        if self.config.previous_frame:
+            previous = frames_before(frames, streams, None if cache is None else cache.newest)
+            newest = frames[:, streams.context - 1 : streams.context]
         if self.sequence is not None:
             assert cache is None, "a cache is not cut across ranks"
             assert not commit, "a cache is not cut across ranks"
             mine = (slice(None), frames_of(self.sequence, streams.num_queries))
             frames, level, step_BT = frames[mine], level[mine], step_BT[mine]
+            previous = None if previous is None else previous[mine]
             conditioning = conditioning.frames(mine[1])
         actions_BTkD = self.action_embedding(conditioning)
-        frames = self.unpadded(frames, conditioning.embodiment_B)
-        x_BTND = self.token_embedding(frames, actions_BTkD, conditioning.embodiment_B)
+        x_BTND = self.embed(frames, actions_BTkD, conditioning.embodiment_B, previous)
         condition_BTD = self.condition_embedding(level, step_BT, actions_BTkD, conditioning)
         if self.config.residual == "autocast":
             x_BTND = x_BTND.to(compute_dtype(x_BTND))
@@ -314,7 +324,17 @@ class CausalDiT(nn.Module):
             prediction = prediction.map(lambda output: gather_frames(output, group))
         if not commit:
             return prediction, None
-        return prediction, KVCache(tuple(committed)) if cache is None else cache.append(committed)
+        cache = KVCache(tuple(committed)) if cache is None else cache.append(committed)
+        return prediction, replace(cache, newest=newest)
+
+    def embed(
+        self, frames: Frames, actions_BTkD: Tensor, embodiment_B: Tensor, previous: Frames | None
+    ) -> Tensor:
+        """Tokens [B, T, N, D] of frames, and of those before them where the model reads them."""
+        if previous is not None:
+            previous = self.unpadded(previous, embodiment_B)
+        frames = self.unpadded(frames, embodiment_B)
+        return self.token_embedding(frames, actions_BTkD, embodiment_B, previous)
 
     def time_attention(self, streams: Streams, device: torch.device, dtype: torch.dtype) -> Choice:
         """The backend that time attention will use here, and why."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidworld.model.inputs import Conditioning, FrameShape
+from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.types import Frames, SignalLevel
 
 
@@ -21,7 +21,8 @@ class EmbodimentLinear(nn.Module):
 
     `used_in` and `used_out` count the dimensions an embodiment has; what lies beyond is padding: inputs there
     are ignored, whatever they hold, and outputs there are exactly zero. Computed and returned in at least
-    float32, autocast or not: half precision would round joint angles, and the maps are small.
+    float32, autocast or not: half precision would round joint angles, and the maps are small. With `zero`
+    it starts at zero.
     """
 
     valid_in_EI: Tensor
@@ -35,11 +36,15 @@ class EmbodimentLinear(nn.Module):
         *,
         used_in: tuple[int, ...] = (),
         used_out: tuple[int, ...] = (),
+        zero: bool = False,
     ) -> None:
         super().__init__()
         self.weight_EIO = nn.Parameter(torch.empty(num_embodiments, num_inputs, num_outputs))
         self.bias_EO = nn.Parameter(torch.zeros(num_embodiments, num_outputs))
-        nn.init.normal_(self.weight_EIO, std=max(num_inputs, 1) ** -0.5)
+        if zero:
+            nn.init.zeros_(self.weight_EIO)
+        else:
+            nn.init.normal_(self.weight_EIO, std=max(num_inputs, 1) ** -0.5)
         for name, used, total in (("in_EI", used_in, num_inputs), ("out_EO", used_out, num_outputs)):
             counts = torch.tensor(used or [total] * num_embodiments)
             self.register_buffer(f"valid_{name}", torch.arange(total) < counts[:, None], persistent=False)
@@ -79,10 +84,19 @@ class TokenEmbedding(nn.Module):
     """The tokens of a frame: [V * (h/p) * (w/p) patches][1 proprio][k actions][R registers].
 
     Patches get a learned embedding of their place: cameras that stand still show the same thing there, and
-    relative rotations alone learn that more slowly.
+    relative rotations alone learn that more slowly. With `previous_frame` patches and proprioception of the
+    frame before are added, through maps that start at zero.
     """
 
-    def __init__(self, shape: FrameShape, width: int, patch_size: int, num_registers: int) -> None:
+    def __init__(
+        self,
+        shape: FrameShape,
+        width: int,
+        patch_size: int,
+        num_registers: int,
+        *,
+        previous_frame: bool = False,
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.patch = nn.Linear(shape.channels * patch_size**2, width)
@@ -95,18 +109,36 @@ class TokenEmbedding(nn.Module):
         self.register_RD = nn.Parameter(torch.randn(num_registers, width) * 0.02)
         nn.init.normal_(self.patch.weight, std=self.patch.in_features**-0.5)
         nn.init.zeros_(self.patch.bias)
+        self.previous_patch = self.previous_proprio = None
+        if previous_frame:
+            self.previous_patch = nn.Linear(self.patch.in_features, width, bias=False)
+            nn.init.zeros_(self.previous_patch.weight)
+            self.previous_proprio = EmbodimentLinear(
+                *(shape.num_embodiments, shape.proprio_dims, width),
+                used_in=shape.embodiment_proprio_dims,
+                zero=True,
+            )
 
-    def forward(self, frames: Frames, actions_BTkD: Tensor, embodiment_B: Tensor) -> Tensor:
-        """Tokens [B, T, N, D]."""
+    def forward(
+        self, frames: Frames, actions_BTkD: Tensor, embodiment_B: Tensor, previous: Frames | None = None
+    ) -> Tensor:
+        """Tokens [B, T, N, D]; `previous` [B, T]: the frame before each, of a model that reads it."""
         batch, time = actions_BTkD.shape[:2]
-        patches_BTVnP = patchify(frames.latents_BTVChw, self.patch_size)
-        patches_BTVnD = self.patch(patches_BTVnP.to(self.patch.weight.dtype))
+        patches_BTVnD = self.patch(self._patches(frames))
         patches_BTVnD = patches_BTVnD + self.view_VD[:, None] + self.place_nD
-        proprio_BTD = self.proprio(frames.proprio_BTS, embodiment_B).to(self.register_RD.dtype)
+        proprio_BTD = self.proprio(frames.proprio_BTS, embodiment_B)
+        if self.previous_patch is not None and self.previous_proprio is not None:
+            assert previous is not None
+            patches_BTVnD = patches_BTVnD + self.previous_patch(self._patches(previous))
+            proprio_BTD = proprio_BTD + self.previous_proprio(previous.proprio_BTS, embodiment_B)
+        proprio_BTD = proprio_BTD.to(self.register_RD.dtype)
         registers_BTRD = self.register_RD.expand(batch, time, -1, -1)
         return torch.cat(
             [patches_BTVnD.flatten(2, 3), proprio_BTD[:, :, None], actions_BTkD, registers_BTRD], dim=2
         )
+
+    def _patches(self, frames: Frames) -> Tensor:
+        return patchify(frames.latents_BTVChw, self.patch_size).to(self.patch.weight.dtype)
 
 
 class ConditionEmbedding(nn.Module):
@@ -145,6 +177,17 @@ class ConditionEmbedding(nn.Module):
             return condition_BTD
         assert self.noise is not None, "this model has no noise input (noise_dims = 0)"
         return condition_BTD + self.noise(conditioning.noise_BTX.to(self.noise.weight.dtype))
+
+
+def frames_before(frames: Frames, streams: Streams, newest: Frames | None) -> Frames:
+    """The frame before each of `frames`: in all streams that of the context, as it is seen there.
+
+    newest: the last cached frame [B, 1], as it was committed, or None where there is none: the very first one
+    has zeros before it, the mean of the data.
+    """
+    assert (newest is None) == (streams.past == 0), "a cache of frames without the newest one"
+    first = frames[:, :1].map(torch.zeros_like) if newest is None else newest
+    return Frames.cat([first, frames[:, : streams.context - 1]] * (1 + streams.targets), 1)
 
 
 def patchify(latents_BTVChw: Tensor, patch_size: int) -> Tensor:

@@ -20,6 +20,8 @@ _TABLES = {
     "action_embedding.linear.bias_EO": ((None,), True),
     "token_embedding.proprio.weight_EIO": (("proprio_dims", None), False),
     "token_embedding.proprio.bias_EO": ((None,), True),
+    "token_embedding.previous_proprio.weight_EIO": (("proprio_dims", None), False),
+    "token_embedding.previous_proprio.bias_EO": ((None,), True),
     "proprio_head.weight_EIO": ((None, "proprio_dims"), False),
     "proprio_head.bias_EO": (("proprio_dims",), False),
     "condition_embedding.embodiment.weight": ((None,), True),

@@ -20,6 +20,8 @@ def forward_flops(model: CausalDiT, streams: Streams) -> int:
     config, tokens, frames = model.config, model.tokens_per_frame, streams.num_queries
     per_token = sum(parameter.numel() for parameter in muon_parameters(model))
     per_patch = model.token_embedding.patch.weight.numel() + model.patch_head.weight.numel()
+    if model.token_embedding.previous_patch is not None:
+        per_patch += model.token_embedding.previous_patch.weight.numel()
     linear = 2 * frames * (tokens * per_token + model.num_patches * per_patch + _weights_per_frame(model))
 
     space_pairs = config.depth * frames * tokens**2
@@ -43,4 +45,6 @@ def _weights_per_frame(model: CausalDiT) -> int:
     )
     actions = model.action_embedding.linear.weight_EIO[0].numel() * model.shape.actions_per_frame
     proprio = model.token_embedding.proprio.weight_EIO[0].numel() + model.proprio_head.weight_EIO[0].numel()
+    if model.token_embedding.previous_proprio is not None:
+        proprio += model.token_embedding.previous_proprio.weight_EIO[0].numel()
     return dense + actions + proprio

@@ -9,6 +9,9 @@ from vidworld.model.dit import CausalDiT
 from vidworld.model.members import MemberLinear
 from vidworld.quantize import MEMBER_CHANGES
 
+PREVIOUS_FRAME = "token_embedding.previous_"
+"""Weights that begin so read the frame before."""
+
 
 def merge_member(model: CausalDiT, member: int) -> CausalDiT:
     """The network of one member, with its changes added to the trunk's matrices; nothing is shared."""
@@ -28,11 +31,14 @@ def first_member(model: CausalDiT) -> CausalDiT:
     return merge_member(model, 0) if model.config.members else model
 
 
-def with_members(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tensor]:
-    """Weights of a network without members, with the fresh changes of a network that has some."""
+def with_fresh_parts(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tensor]:
+    """Weights of a network without members or previous frame, with the fresh ones of a network that has some.
+
+    Those of the previous frame are zero, so that the network still computes what it did.
+    """
     fresh = {
         name: weight
         for name, weight in model.state_dict().items()
-        if name.endswith(MEMBER_CHANGES) and name not in weights
+        if (name.endswith(MEMBER_CHANGES) or name.startswith(PREVIOUS_FRAME)) and name not in weights
     }
     return weights | fresh

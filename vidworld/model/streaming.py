@@ -201,6 +201,7 @@ class StreamedDiT:
         embodiment_B: Tensor,
         modulation: list[Tensor],
         rows: slice,
+        previous: Frames | None = None,
         *,
         commits: bool,
         first: bool,
@@ -210,10 +211,11 @@ class StreamedDiT:
 
         rows: of the conditions, those of the frames. With `commits` the first of them is the frame
         before, whose keys and values stay; the others are versions of the frame now, which do not see each
-        other. `first`: the first pass of a frame. `full`: all slots are in sight, now and before.
+        other. previous: the frame before each [B, F], as it was committed, with `previous_frame`. `first`:
+        the first pass of a frame. `full`: all slots are in sight, now and before.
         """
         model = self.model
-        x_BFND = self._embed(model, frames, actions_BFkD, embodiment_B)
+        x_BFND = self._embed(model, frames, actions_BFkD, embodiment_B, previous)
         if model.config.residual == "autocast":
             x_BFND = x_BFND.to(compute_dtype(x_BFND))
         space = model.space_axis(self.in_space, x_BFND, embodiment_B)
@@ -367,8 +369,10 @@ def _turn(rotated: Tensor, key: Tensor, rotation: Rotation) -> None:
     rotated.copy_(rotate(key, rotation))
 
 
-def _embed(model: CausalDiT, frames: Frames, actions_BFkD: Tensor, embodiment_B: Tensor) -> Tensor:
-    return model.token_embedding(model.unpadded(frames, embodiment_B), actions_BFkD, embodiment_B)
+def _embed(
+    model: CausalDiT, frames: Frames, actions_BFkD: Tensor, embodiment_B: Tensor, previous: Frames | None
+) -> Tensor:
+    return model.embed(frames, actions_BFkD, embodiment_B, previous)
 
 
 def _predict(

@@ -17,7 +17,7 @@ from vidworld.data.loader import make_loader
 from vidworld.errors import CheckpointError, ConfigError
 from vidworld.files import require_local
 from vidworld.model.embodiments import carry_over
-from vidworld.model.merge import with_members
+from vidworld.model.merge import with_fresh_parts
 from vidworld.model.sequence import sequence_groups
 from vidworld.tokenizers.base import check_size
 from vidworld.tokenizers.conv import ConvTokenizer
@@ -213,7 +213,7 @@ def _train_world(
         before = known.robots
 
         def adapt(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-            return with_members(carry_over(weights, before, spec.robots), world.model)
+            return with_fresh_parts(carry_over(weights, before, spec.robots), world.model)
 
         load_weights(world.model, find(training.init).weights, adapt=adapt)
     task = WorldTask(

@@ -168,7 +168,8 @@ def join_rows(parts: Sequence[tuple[Frames, KVCache]], indices: Sequence[Tensor]
         KeyValue(*(torch.cat(tensors, 0).index_select(0, place_B) for tensors in zip(*of_layer, strict=True)))
         for of_layer in layers
     ]
-    return frames, KVCache(tuple(joined))
+    newest = [cache.newest for _, cache in parts if cache.newest is not None]
+    return frames, KVCache(tuple(joined), Frames.cat(newest, 0)[place_B] if newest else None)
 
 
 def require_alike(first: WorldModel, other: WorldModel, name: object) -> None:

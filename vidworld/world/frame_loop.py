@@ -6,6 +6,7 @@ of a frame, Q conditions of a frame, D width, X noise dims.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class FrameLoop:
         """The newest frame."""
         self.noisy = self.clean.map(torch.zeros_like)
         """The newest frame as it is committed."""
+        self.older = self.clean.map(torch.zeros_like)
+        """The frame before that, as it was committed: what the newest one had before it."""
         tokens_B1kD, condition_B1D = self._condition(self.conditioning, self._levels([(0.0, CONTEXT_STEP)]))
         self.tokens_B1kD = torch.zeros_like(tokens_B1kD)
         self.condition_B1D = torch.zeros_like(condition_B1D)
@@ -99,7 +102,8 @@ class FrameLoop:
 
     def cache(self) -> KVCache:
         """A copy of the committed frames."""
-        return self.net.ring().to_cache()
+        newest = self.noisy.map(torch.clone) if self.model.config.previous_frame else None
+        return replace(self.net.ring().to_cache(), newest=newest)
 
     def load(self, state: WorldState) -> None:
         """Go on where a state stands."""
@@ -107,11 +111,14 @@ class FrameLoop:
         self.noise.load(state.seed, state.sample_ids_B)
         self.embodiment_B.copy_(state.embodiment_B)
         self.clean.map(lambda own, new: own.copy_(new), state.newest)
+        if state.cache.newest is not None:
+            self.noisy.map(lambda own, new: own.copy_(new), state.cache.newest)
         self.frame, self.lead, self.uncommitted = state.frame, state.lead, False
 
     def changed(self) -> list[Tensor]:
         """Every buffer that `run` and `commit` change."""
-        frames = [part for one in (self.clean, self.noisy) for part in (one.latents_BTVChw, one.proprio_BTS)]
+        kept = (self.clean, self.noisy, self.older)
+        frames = [part for one in kept for part in (one.latents_BTVChw, one.proprio_BTS)]
         return [*self.net.buffers(), *frames, self.tokens_B1kD, self.condition_B1D]
 
     def begin(self) -> None:
@@ -152,6 +159,7 @@ class FrameLoop:
                 self.embodiment_B,
                 modulation,
                 slice(row - int(before), row + len(versions)),
+                self._previous([*([self.older] if before else []), *[self.noisy] * len(versions)]),
                 commits=before,
                 first=index == 0,
                 full=full,
@@ -168,6 +176,7 @@ class FrameLoop:
         quiet = Conditioning(self.actions_B1kA, self.keep_B1, self.embodiment_B)
         _, condition_B1D = self._condition(quiet, self.of_commit_11D)
         self.clean.map(lambda own, new: own.copy_(new), clean)
+        self.older.map(lambda own, new: own.copy_(new), self.noisy)
         self.noisy.map(lambda own, new: own.copy_(new), noisy)
         self.tokens_B1kD.copy_(tokens_B1kD)
         self.condition_B1D.copy_(condition_B1D)
@@ -182,11 +191,16 @@ class FrameLoop:
             self.embodiment_B,
             self.net.modulation(self.condition_B1D),
             slice(0, 1),
+            self._previous([self.older]),
             commits=True,
             first=True,
             full=self.clock.is_full(self.net.num_frames - 1),
         )
         self.uncommitted = False
+
+    def _previous(self, frames: list[Frames]) -> Frames | None:
+        """What the network is given of the frames before those of a pass."""
+        return Frames.cat(frames, 1) if self.model.config.previous_frame else None
 
     def _condition(self, conditioning: Conditioning, of_levels_1QD: Tensor) -> tuple[Tensor, Tensor]:
         """Action tokens [B, 1, k, D] and conditions [B, Q, D]."""

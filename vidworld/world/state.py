@@ -156,8 +156,11 @@ class WorldState:
                     KeyValue(tensor(f"cache.{i}.key"), tensor(f"cache.{i}.value"))
                     for i in range(header["layers"])
                 )
+                newest = None
+                if "cache.newest.latents" in known:  # of worlds that read the previous frame
+                    newest = Frames(tensor("cache.newest.latents"), tensor("cache.newest.proprio"))
                 return cls(
-                    cache=KVCache(layers),
+                    cache=KVCache(layers, newest),
                     newest=Frames(tensor("newest.latents"), tensor("newest.proprio")),
                     frame=header["frame"],
                     seed=header["seed"],
@@ -178,6 +181,9 @@ class WorldState:
             for i, layer in enumerate(self.cache.layers)
             for name, tensor in (("key", layer.key), ("value", layer.value))
         }
+        if (newest := self.cache.newest) is not None:
+            cached["cache.newest.latents"] = newest.latents_BTVChw
+            cached["cache.newest.proprio"] = newest.proprio_BTS
         return (
             cached
             | {
@@ -192,10 +198,9 @@ class WorldState:
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "WorldState":
-        layers = (KeyValue(function(layer.key), function(layer.value)) for layer in self.cache.layers)
         return dataclasses.replace(
             self,
-            cache=KVCache(tuple(layers)),
+            cache=self.cache.map(function),
             newest=self.newest.map(function),
             sample_ids_B=function(self.sample_ids_B),
             embodiment_B=function(self.embodiment_B),

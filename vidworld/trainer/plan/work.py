@@ -97,6 +97,9 @@ class StepWork:
         return (3 + self.extra_forward) * self.forward_flops
 
 
+_OF_PATCHES = ("token_embedding.patch", "token_embedding.previous_patch", "patch_head")
+
+
 def step_work(
     model: CausalDiT,
     streams: Streams,
@@ -118,7 +121,7 @@ def step_work(
         if name.startswith("blocks.") and ".modulation" not in name:
             products.append(Product(frames * tokens, module.in_features, module.out_features))
         else:
-            count = model.num_patches if name in ("token_embedding.patch", "patch_head") else 1
+            count = model.num_patches if name in _OF_PATCHES else 1
             outside.append(Product(frames * count, module.in_features, module.out_features))
     time_layers = sum(map(config.attends_time, range(config.depth)))
     attention = [
