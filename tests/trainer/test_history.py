@@ -35,12 +35,20 @@ def contract(name: str) -> ActionContract:
 CONTRACTS = (contract("one"), contract("three"))
 
 
-def make_task(stride: int = 1, **objective: Any) -> WorldTask:
+def make_task(stride: int = 1, *, previous_frame: bool = False, **objective: Any) -> WorldTask:
     torch.manual_seed(0)
     shape = FrameShape.from_contracts(
         CONTRACTS, views=2, channels=4, height=4, width=4, actions_per_frame=stride
     )
-    config = DiTConfig(width=32, depth=4, num_heads=2, num_kv_heads=1, time_every=2, noise_dims=3)
+    config = DiTConfig(
+        width=32,
+        depth=4,
+        num_heads=2,
+        num_kv_heads=1,
+        time_every=2,
+        noise_dims=3,
+        previous_frame=previous_frame,
+    )
     model = CausalDiT(config, shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
@@ -84,11 +92,17 @@ def parts(task: WorldTask, batch: Batch) -> tuple[Frames, Frames, Any]:
     )
 
 
-@pytest.mark.parametrize(("kind", "stride"), [("shortcut", 1), ("energy", 1), ("shortcut", 2)])
+@pytest.mark.parametrize(
+    ("kind", "stride", "previous_frame"),
+    [("shortcut", 1, False), ("energy", 1, False), ("shortcut", 2, False), ("shortcut", 1, True)],
+)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_imagined_frames_are_those_of_a_cached_rollout(kind: Any, stride: int, passes: int) -> None:
+def test_the_imagined_frames_are_those_of_a_cached_rollout(
+    kind: Any, stride: int, previous_frame: bool, passes: int
+) -> None:
     """The first `passes` of them: what a rollout makes of the same context, noise and actions."""
-    task, batch = make_task(stride, kind=kind, resample_passes=passes), make_batch(stride)
+    task = make_task(stride, previous_frame=previous_frame, kind=kind, resample_passes=passes)
+    batch = make_batch(stride)
     clean, noise, level = parts(task, batch)
     history = task.history(batch, clean, noise, level, torch.Generator().manual_seed(5), LATE)
 

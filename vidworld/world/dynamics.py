@@ -63,7 +63,7 @@ def take_in(
 
     `has_proprio_B` says whose proprioception is known, None that all is: then all frames go in one pass. Else
     it is read off the pictures, frame by frame. More frames than the window leaves room for lose the oldest,
-    except for the sink.
+    except for the sink; those kept count as consecutive, also for a network that reads the frame before.
     """
     room = sampler.window - 1
     indices = list(range(known.num_frames))
