@@ -45,15 +45,13 @@ class KVCache:
         """Rows."""
         return self.layers[0].key.shape[0]
 
-    def append(self, layers: Sequence[KeyValue]) -> "KVCache":
-        """Add newer frames at the end; `newest` is the caller's to set."""
-        assert len(layers) == len(self.layers)
-        return KVCache(
-            tuple(
-                KeyValue(torch.cat([old.key, new.key], 3), torch.cat([old.value, new.value], 3))
-                for old, new in zip(self.layers, layers, strict=True)
-            )
+    def append(self, layers: Sequence[KeyValue], newest: Frames | None = None) -> "KVCache":
+        """Add newer frames at the end."""
+        joined = tuple(
+            KeyValue(torch.cat([old.key, new.key], 3), torch.cat([old.value, new.value], 3))
+            for old, new in zip(self.layers, layers, strict=True)
         )
+        return KVCache(joined, newest)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KVCache":
         """Apply to every tensor."""

@@ -31,7 +31,7 @@ from vidworld.model.embed import (
 )
 from vidworld.model.embodiments import used_latents, used_tokens
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
-from vidworld.model.layers import Axis, SelfAttention, SwiGLU
+from vidworld.model.layers import Axis, SelfAttention, SwiGLU, compute_dtype
 from vidworld.model.rope import Rotation, axial_rotation
 from vidworld.model.sequence import SequenceGroup, frames_of, gather_frames, to_all_frames, to_all_tokens
 from vidworld.types import Frames, SignalLevel
@@ -324,17 +324,14 @@ class CausalDiT(nn.Module):
             prediction = prediction.map(lambda output: gather_frames(output, group))
         if not commit:
             return prediction, None
-        cache = KVCache(tuple(committed)) if cache is None else cache.append(committed)
-        return prediction, replace(cache, newest=newest)
+        return prediction, cache.append(committed, newest) if cache else KVCache(tuple(committed), newest)
 
     def embed(
         self, frames: Frames, actions_BTkD: Tensor, embodiment_B: Tensor, previous: Frames | None
     ) -> Tensor:
         """Tokens [B, T, N, D] of frames, and of those before them where the model reads them."""
-        if previous is not None:
-            previous = self.unpadded(previous, embodiment_B)
-        frames = self.unpadded(frames, embodiment_B)
-        return self.token_embedding(frames, actions_BTkD, embodiment_B, previous)
+        before = None if previous is None else self.unpadded(previous, embodiment_B)
+        return self.token_embedding(self.unpadded(frames, embodiment_B), actions_BTkD, embodiment_B, before)
 
     def time_attention(self, streams: Streams, device: torch.device, dtype: torch.dtype) -> Choice:
         """The backend that time attention will use here, and why."""
@@ -399,12 +396,6 @@ class CausalDiT(nn.Module):
         patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
         frames = Frames(unpatchify(patches_BTVnP, self.shape, self.config.patch_size), proprio_BTS)
         return self.unpadded(frames, embodiment_B)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of `x` are computed in here, autocast or not."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def read(

@@ -112,3 +112,9 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _join_time(past_Ghnd: Tensor, new_Ghnd: Tensor) -> Tensor:
     return torch.cat([past_Ghnd, new_Ghnd], dim=2)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of `x` are computed in here, autocast or not."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

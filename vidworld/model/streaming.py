@@ -25,7 +25,8 @@ from torch import Tensor
 
 from vidworld.model.attention import Backend, attend, resolve_backend
 from vidworld.model.cache import KeyValue
-from vidworld.model.dit import Axis, Block, CausalDiT, Stream, compute_dtype, read
+from vidworld.model.dit import Axis, Block, CausalDiT, Stream, read
+from vidworld.model.layers import compute_dtype
 from vidworld.model.ring import Clock, Moment, RingCache
 from vidworld.model.rope import Rotation, rotate
 from vidworld.types import Frames
