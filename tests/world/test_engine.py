@@ -237,12 +237,12 @@ def test_divergence_names_the_frame(world, prompt, actions):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 2])
-def test_compiled_equals_plain_and_nothing_compiles_again(new_world, prompt, actions, steps):
+@pytest.mark.parametrize(("steps", "model"), [(1, {}), (2, {}), (2, {"previous_frame": True})])
+def test_compiled_equals_plain_and_nothing_compiles_again(new_world, prompt, actions, steps, model):
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    world = new_world(depth=6, time_every=3)
+    world = new_world(depth=6, time_every=3, **model)
     chosen = sampler(world, steps=steps)
     state, given = world.reset(prompt(world, 3), num_samples=2, sampler=chosen), actions(world, 14)
     expected = world.rollout(state, given, sampler=chosen)
