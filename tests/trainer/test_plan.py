@@ -23,7 +23,14 @@ from vidworld.model.parameters import muon_parameters
 from vidworld.trainer.optim import OptimConfig, build_optimizers, orthogonalise
 from vidworld.trainer.plan.cluster import STRATEGIES, Cluster, communication, exposed
 from vidworld.trainer.plan.estimate import Layout, Subject, best, estimate
-from vidworld.trainer.plan.hardware import GPUS, MEASURED_PRODUCTS, MEASURED_STEPS, Roofline, gpu_named
+from vidworld.trainer.plan.hardware import (
+    GPUS,
+    MEASURED_PRODUCTS,
+    MEASURED_STEPS,
+    OWN_STEPS,
+    Roofline,
+    gpu_named,
+)
 from vidworld.trainer.plan.memory import GIB, trace_activations
 from vidworld.trainer.plan.work import (
     BRANCH_BYTES,
@@ -281,6 +288,20 @@ def test_measured_steps_are_met(row):
         row.layers * 18 * d * d,
     )
     assert tokens / sum(step_seconds(work, H100).values()) == pytest.approx(row.tokens_per_s, rel=0.15)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("row", OWN_STEPS, ids=str)
+def test_own_steps_are_met(row, fused):
+    measured = row.fused_ms if fused else row.plain_ms
+    if measured is None:
+        pytest.skip("not measured")
+    heads, kv_heads = row.heads
+    config = DiTConfig(width=row.width, depth=row.layers, num_heads=heads, num_kv_heads=kv_heads)
+    with torch.device("meta"):
+        model = CausalDiT(config, FrameShape(1, 16, row.side, row.side, proprio_dims=4, action_dims=2))
+    work = step_work(model, Streams(16, targets=1), row.clips, fused=fused)
+    assert 1e3 * sum(step_seconds(work, H100).values()) == pytest.approx(measured, rel=0.12)
 
 
 def test_fused_kernels_count_where_training_uses_them():

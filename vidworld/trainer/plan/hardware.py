@@ -112,6 +112,30 @@ MEASURED_STEPS = (
     MeasuredStep(12, 384, 64, 64, 64, 1.49e6),
 )
 
+
+class OwnStep(NamedTuple):
+    """A step of vidworld's own loop on MEASURED_ON: two streams of 16 frames, AdamW, before the bootstrap."""
+
+    layers: int
+    width: int
+    heads: tuple[int, int]
+    """Of queries, and of keys and values."""
+    side: int
+    """Rows and columns of the latents, 16 channels."""
+    clips: int
+    plain_ms: float | None
+    """Compiled."""
+    fused_ms: float | None
+    """With the fused kernels."""
+
+
+OWN_STEPS = (
+    OwnStep(12, 384, (6, 2), 16, 64, 100.3, 84.7),
+    OwnStep(12, 768, (12, 4), 32, 16, 231.8, 198.5),
+    OwnStep(24, 1024, (8, 4), 32, 6, 269.9, 240.0),
+    OwnStep(28, 1536, (12, 4), 32, 3, None, 271.2),
+)
+
 # seconds = operations / (PRODUCT_SHARE peak) + TRAFFIC_SHARE bytes / bandwidth + LAUNCH_S. These three
 # numbers bring the largest error over MEASURED_PRODUCTS to its least, 11 %.
 PRODUCT_SHARE = 830 / 989

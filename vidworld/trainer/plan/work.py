@@ -15,12 +15,11 @@ from vidworld.model.inputs import Streams
 from vidworld.trainer.plan.hardware import Roofline
 
 # Traffic of a residual branch (norm, modulation, heads, rotation, activation, gate; forward and backward), in
-# width bytes a token: what brings the predictions for MEASURED_STEPS within 8 %. If everything were fused and
-# in bfloat16 it would be 45. A bfloat16 residual stream takes off what it saved of a step of 12x384 on an
-# H100 (7 ms of 100), and so do the fused kernels (16 of 100 ms, and 34 of 232 at 12x768); both together have
-# not saved more yet.
-BRANCH_BYTES = {"float32": 90, "autocast": 75}
-FUSED_BRANCH_BYTES = 55
+# width bytes a token: what brings the predictions nearest to MEASURED_STEPS and OWN_STEPS together. If
+# everything were fused and in bfloat16 it would be 45. A bfloat16 residual stream takes off what it saved of
+# a step of 12x384 on an H100 (7 ms of 100); on top of the fused kernels it saved nothing.
+BRANCH_BYTES = {"float32": 105, "autocast": 91}
+FUSED_BRANCH_BYTES = 78
 # Forward and backward of attention take 3.5 times the operations of the forward pass.
 ATTENTION_PASSES = 3.5
 # Kernels work on tiles of this many queries: a shorter row costs as much.
