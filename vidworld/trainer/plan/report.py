@@ -113,8 +113,8 @@ def assumptions(cluster: Cluster) -> list[str]:
         f"a product takes operations / ({PRODUCT_SHARE:.2f} of peak) + {TRAFFIC_SHARE} x bytes / bandwidth + "
         f"{1e6 * LAUNCH_S:.1f} us: within 11 % of the five",
         "elementwise work moves {float32} x width bytes a token and residual branch, {autocast} with a "
-        "bfloat16 residual stream, {fused} with fused kernels: fitted to the whole steps (within 15 %) and to "
-        "seven of vidworld's own (within 11 %)".format(
+        "bfloat16 residual stream, {fused} with fused kernels: fitted to the whole steps (within 15 %) and "
+        "to seven of vidworld's own (within 11 %)".format(
             **counts.BRANCH_BYTES, fused=counts.FUSED_BRANCH_BYTES
         ),
         f"attention works on tiles of {counts.TILE} queries, or as fast as 12 tensors can be moved",
