@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vidworld.model.attention import dense_mask
 from vidworld.model.cache import KeyValue
-from vidworld.model.dit import Axis, Block, CausalDiT
+from vidworld.model.dit import Axis, Block, CausalDiT, Stream
 from vidworld.model.inputs import FrameCausal, Streams
 from vidworld.model.layers import SelfAttention
 from vidworld.model.rope import Rotation
@@ -28,7 +28,12 @@ class NaiveAttention(SelfAttention):
     """Attention with a dense mask, heads repeated."""
 
     def forward(
-        self, x_GnD: Tensor, axis: Axis, past: KeyValue | None = None, member_B: Tensor | None = None
+        self,
+        x_GnD: Tensor,
+        axis: Axis,
+        past: KeyValue | None = None,
+        member_B: Tensor | None = None,
+        commit: bool = True,
     ) -> tuple[Tensor, Any]:
         heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split(self.heads, dim=1)
@@ -48,7 +53,7 @@ class NaiveBlock(Block):
 
     def forward(
         self,
-        x_BTND: Tensor,
+        x_BTND: Tensor | Stream,
         condition_BTD: Tensor,
         space: Axis,
         time: Axis,
@@ -57,6 +62,7 @@ class NaiveBlock(Block):
         member_B: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         assert past is None and not commit, "training only"  # noqa: PT018
+        assert isinstance(x_BTND, Tensor), "no fused kernels"
         batch, frames, tokens, _ = x_BTND.shape
         per_frame = self.modulation(F.silu(condition_BTD))
         per_token = per_frame[:, :, None].repeat(1, 1, tokens, 1)
