@@ -33,6 +33,7 @@ class NaiveAttention(SelfAttention):
         axis: Axis,
         past: KeyValue | None = None,
         member_B: Tensor | None = None,
+        *,
         commit: bool = True,
     ) -> tuple[Tensor, Any]:
         heads = self.qkv(x_GnD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -63,23 +64,24 @@ class NaiveBlock(Block):
     ) -> tuple[Tensor, Any]:
         assert past is None and not commit, "training only"  # noqa: PT018
         assert isinstance(x_BTND, Tensor), "no fused kernels"
-        batch, frames, tokens, _ = x_BTND.shape
+        x: Tensor = x_BTND
+        batch, frames, tokens, _ = x.shape
         per_frame = self.modulation(F.silu(condition_BTD))
         per_token = per_frame[:, :, None].repeat(1, 1, tokens, 1)
         parts = per_token.chunk(self.num_parts, dim=-1)
 
-        h = modulated(x_BTND, *parts[:2])
+        h = modulated(x, *parts[:2])
         if self.full is not None:
             h, _ = self.space(h.flatten(1, 2), self.full)
-            x_BTND = x_BTND + parts[2] * h.unflatten(1, (frames, tokens))
+            x = x + parts[2] * h.unflatten(1, (frames, tokens))
         else:
             h, _ = self.space(h.flatten(0, 1), space)
-            x_BTND = x_BTND + parts[2] * h.unflatten(0, (batch, frames))
+            x = x + parts[2] * h.unflatten(0, (batch, frames))
         if self.time is not None and self.full is None:
-            h = modulated(x_BTND, *parts[3:5]).transpose(1, 2).flatten(0, 1)
+            h = modulated(x, *parts[3:5]).transpose(1, 2).flatten(0, 1)
             h, _ = self.time(h, time)
-            x_BTND = x_BTND + parts[5] * h.unflatten(0, (batch, tokens)).transpose(1, 2)
-        return x_BTND + parts[-1] * self.mlp(modulated(x_BTND, *parts[-3:-1])), None
+            x = x + parts[5] * h.unflatten(0, (batch, tokens)).transpose(1, 2)
+        return x + parts[-1] * self.mlp(modulated(x, *parts[-3:-1])), None
 
 
 def make_naive(
