@@ -1,17 +1,19 @@
 """Draw the galleries of docs/lab.md and docs/lab-liquid.md: a row an episode of the lab, over its time.
 
-    python tools/lab_gallery.py --out docs/images/lab-gallery.jpg
-    python tools/lab_gallery.py --of liquid --columns 9 --out docs/images/lab-liquid.jpg
+    python tools/lab_gallery.py --out docs/images/lab-gallery.webp
+    python tools/lab_gallery.py --of liquid --columns 9 --out docs/images/lab-liquid.webp
 
 Takes half a minute. Every row is `vidworld lab show KIND --seed S --variety V` with scripts only.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from vidworld import media
 from vidworld.config import parse
@@ -43,7 +45,7 @@ class Options:
     """Draw the gallery."""
 
     of: Literal["all", "liquid"] = "all"
-    out: Path = Path("docs/images/lab-gallery.jpg")
+    out: Path = Path("docs/images/lab-gallery.webp")
     columns: int = 7
 
 
@@ -58,7 +60,9 @@ def main(arguments: list[str], prog: str) -> None:
         rows[f"{kind} {seed} {variety}"] = episode.frames_THWC
         print(f"{kind} {seed} {variety}: {episode.plan.text}")
     times = np.linspace(4, LabConfig.frames - 1, options.columns).round().astype(int).tolist()
-    media.write_bytes(options.out, media.encode_jpeg(media.strip(rows, times), quality=80))
+    buffer = io.BytesIO()
+    Image.fromarray(media.strip(rows, times)).save(buffer, "WEBP", quality=60, method=6)
+    media.write_bytes(options.out, buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -23,44 +23,18 @@ from typing import Literal
 import numpy as np
 import torch
 from rollout_cases import SHIPPED, SIZES, Case, full_prompt, make_world
+from rollout_variants import Plain, Variant, runner
 from roofline import Machine, frames_per_s_bound, machine
 from table import add_rows, cpu_name
 
 from vidworld.config import parse
 from vidworld.errors import UserError
-from vidworld.model.streaming import StreamKernels
 from vidworld.world.engine import RolloutEngine
 from vidworld.world.load import load
 from vidworld.world.noise_ahead import NoiseAhead
 from vidworld.world.spec import SamplerConfig
-from vidworld.world.state import Observation, Rollout, WorldState
+from vidworld.world.state import WorldState
 from vidworld.world.world import WorldModel
-
-Variant = Literal[
-    "plain",
-    "engine",
-    "half",
-    "compiled",
-    "lean",
-    "flash",
-    "space",
-    "time",
-    "blocks",
-    "kernels",
-    "fused",
-    "autotune",
-]
-"""`lean` is `compiled` with the stream between blocks in half precision. All that follow are lean as well:
-`flash` without cuDNN's attention, `space`, `time` and `blocks` with those Triton kernels alone (`blocks`: MLP
-and residual stream), `fused` with all of them, `kernels` with all and without the compiler,
-`autotune` with all and with tuned matrix products."""
-KERNELS: dict[Variant, tuple[str, ...]] = {
-    "space": ("space",),
-    "time": ("time",),
-    "blocks": ("mlp", "residual"),
-    "fused": StreamKernels._fields,
-    "autotune": StreamKernels._fields,
-}
 
 GPU_CASES = ("24x1024.b1.k4", "16x512.b128.k4", "16x512.b256.k1", "12x384.b1.k1")
 CPU_CASES = ("12x384.b1.k1", "8x256.b1.k1")
@@ -319,51 +293,6 @@ def part_of(kernel: str) -> str:
         if any(word in name for word in words):
             return part
     return "other"
-
-
-class Plain:
-    """The plain world with a fixed sampler, called as an engine is."""
-
-    def __init__(self, world: WorldModel, sampler: SamplerConfig) -> None:
-        self.world, self.sampler = world, sampler
-        self.state: WorldState | None = None
-
-    def rollout(self, state: WorldState, actions: np.ndarray, *, decode: bool, check: bool) -> Rollout:
-        """As the engine's."""
-        return self.world.rollout(state, actions, sampler=self.sampler, decode=decode, check=check)
-
-    def load(self, state: WorldState) -> None:
-        """As the engine's."""
-        self.state = state
-
-    def step(self, action: np.ndarray) -> Observation:
-        """As the engine's."""
-        assert self.state is not None
-        self.state, seen = self.world.step(self.state, action, sampler=self.sampler)
-        return seen
-
-
-def runner(variant: Variant, world: WorldModel, sampler: SamplerConfig) -> "RolloutEngine | Plain":
-    """What rolls out in the way of a variant."""
-    match variant:
-        case "plain":
-            return Plain(world, sampler)
-        case "engine":
-            return RolloutEngine(world, sampler=sampler)
-        case "half":
-            return RolloutEngine(world, sampler=sampler, half=True)
-        case "compiled":
-            return RolloutEngine(world, sampler=sampler, compile=True)
-        case "kernels":
-            names = StreamKernels._fields
-            return RolloutEngine(world, sampler=sampler, residual="autocast", kernels=names)
-        case "autotune":
-            return RolloutEngine(
-                world, sampler=sampler, compile="autotune", residual="autocast", kernels=KERNELS[variant]
-            )
-        case _:
-            kernels = KERNELS.get(variant, ())
-            return RolloutEngine(world, sampler=sampler, compile=True, residual="autocast", kernels=kernels)
 
 
 def frames_per_s(

@@ -98,10 +98,7 @@ def _context(name: str, size: int) -> Any:
 
 
 def own_device() -> str | None:
-    """The GPU that a worker draws on, so that many take turns over all; None leaves it to MuJoCo.
-
-    One H100 draws about 1,100 frames/s of the lab, which twenty cores keep busy.
-    """
+    """The GPU that a worker draws on, so that many take turns over all; None leaves it to MuJoCo."""
     workers = multiprocessing.current_process()._identity  # type: ignore[attr-defined]
     if DEVICE in os.environ or not workers:
         return None

@@ -19,7 +19,7 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from vidworld.model.fused import EPS
+from vidworld.model.fused import EPS, _load_pair
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,18 +33,11 @@ ALL_KEYS = 128
 
 
 @triton.jit
-def _pair(base, offset, live, HALF: tl.constexpr):
-    """Both halves of vectors as float32."""
-    first = tl.load(base + offset, mask=live, other=0.0).to(tl.float32)
-    return first, tl.load(base + offset + HALF, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _normal(first, second, scale, pair, HALF: tl.constexpr, EPS: tl.constexpr):
     """Vectors over their root mean square, times a scale for each dimension."""
     square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
     factor = tl.rsqrt(square / (2 * HALF) + EPS)[:, None]
-    scale_first, scale_second = _pair(scale, pair, pair < HALF, HALF)
+    scale_first, scale_second = _load_pair(scale, pair, pair < HALF, HALF)
     return first * factor * scale_first, second * factor * scale_second
 
 
@@ -57,7 +50,7 @@ def _turn(first, second, cos, sin):
 def _head(qkv, offset, token, live, scale, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
     """Halves of normalised, turned heads, in the projection's dtype."""
     pair = tl.arange(0, HALF)[None, :]
-    first, second = _pair(qkv, offset + pair, live, HALF)
+    first, second = _load_pair(qkv, offset + pair, live, HALF)
     first, second = _normal(first, second, scale, pair, HALF, EPS)
     angle = token * HALF + pair
     of_cos = tl.load(cos + angle, mask=live, other=0.0).to(tl.float32)
@@ -188,18 +181,18 @@ def _ring_attention_kernel(
         batch, token = sequence // num_tokens, sequence % num_tokens
         held = (sequence * KV + kv) * num_slots * 2 * HALF
         live = (slot < num_slots) & is_one
-        k_first, k_second = _pair(keys, held + slot * 2 * HALF + pair, live, HALF)
-        v_first, v_second = _pair(values, held + slot * 2 * HALF + pair, live, HALF)
+        k_first, k_second = _load_pair(keys, held + slot * 2 * HALF + pair, live, HALF)
+        v_first, v_second = _load_pair(values, held + slot * 2 * HALF + pair, live, HALF)
         inside = (pair < HALF) & is_one
         for frame in tl.static_range(F):
             row = (batch * F + frame) * num_tokens + token
             new = row * (H + 2 * KV) * 2 * HALF + pair
-            nk_first, nk_second = _pair(qkv, new + (H + kv) * 2 * HALF, inside, HALF)
+            nk_first, nk_second = _load_pair(qkv, new + (H + kv) * 2 * HALF, inside, HALF)
             nk_first, nk_second = _normal(nk_first, nk_second, k_scale, pair, HALF, EPS)
             # As the slots will hold it.
             nk_first = nk_first.to(keys.dtype.element_ty).to(tl.float32)
             nk_second = nk_second.to(keys.dtype.element_ty).to(tl.float32)
-            nv_first, nv_second = _pair(qkv, new + (H + KV + kv) * 2 * HALF, inside, HALF)
+            nv_first, nv_second = _load_pair(qkv, new + (H + KV + kv) * 2 * HALF, inside, HALF)
             if COMMITS and frame == 0:
                 at, turns, seen = tl.load(before_slot), before_turns, before_seen
                 place = held + at * 2 * HALF + pair
@@ -218,12 +211,12 @@ def _ring_attention_kernel(
                 tl.where(slot == at, nv_first, v_first),
                 tl.where(slot == at, nv_second, v_second),
             )
-            cos, sin = _pair(turns, (1 + slot) * 2 * HALF + pair, slot < num_slots, HALF)
+            cos, sin = _load_pair(turns, (1 + slot) * 2 * HALF + pair, slot < num_slots, HALF)
             t_first, t_second = _turn(k_first, k_second, cos, sin)
-            q_cos, q_sin = _pair(turns, pair, pair < HALF, HALF)
+            q_cos, q_sin = _load_pair(turns, pair, pair < HALF, HALF)
             member = tl.arange(0, HEADS)[:, None]
             head, mine = kv * (H // KV) + member, (member < H // KV) & is_one
-            q_first, q_second = _pair(qkv, new + head * 2 * HALF, mine, HALF)
+            q_first, q_second = _load_pair(qkv, new + head * 2 * HALF, mine, HALF)
             q_first, q_second = _normal(q_first, q_second, q_scale, pair, HALF, EPS)
             q_first, q_second = _turn(q_first, q_second, q_cos, q_sin)
             like = qkv.dtype.element_ty
