@@ -65,7 +65,8 @@ def test_a_full_disk_of_one_rank_ends_all_at_one_step(tmp_path: Path, start_rank
     ranks = start_ranks(2, tmp_path / "output", "fsdp2", str(tmp_path / "run"), "disk")
     assert ranks.codes(GENEROUS_S) == [1, 1]
     assert "No space left on device" in ranks.said(1)
-    assert "another rank could not write its part" in ranks.said(0)
+    # From the writer ("its part") or from the step's exchange ("a checkpoint"), whichever hears of it first.
+    assert "another rank could not write" in ranks.said(0)
     assert len(CheckpointStore(tmp_path / "run" / "checkpoints").names()) == 1, "the one before it is whole"
     newest_step(tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob(".staging*"))
