@@ -434,10 +434,16 @@ def test_a_killed_worker_fails_the_job_in_seconds(numbers: ShardDataset) -> None
     assert not workers[1].is_alive()
 
 
-def test_a_hung_worker_fails_the_job_at_the_deadline(numbers: ShardDataset) -> None:
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_hung_worker_fails_the_job_at_the_deadline(numbers: ShardDataset, announced: bool) -> None:
+    """Stopped before it made a batch, or between announcing one and handing over its memory."""
     loader, batches, workers = running(numbers)
     loader.config = dataclasses.replace(loader.config, timeout_s=3.0)  # starting may take longer
-    os.kill(workers[0].pid, signal.SIGSTOP)
+    if announced:
+        announcements = getattr(loader._loader._iterator, "_data_queue")  # noqa: B009 its type hides it
+        assert announcements._reader.poll(60)
+    for worker in workers[: 2 if announced else 1]:
+        os.kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(DataError, match=r"no batch from the reading processes: got \d+ s of") as caught:
         list(itertools.islice(batches, 100))
     assert int(str(caught.value).partition("got ")[2].split()[0]) >= 3

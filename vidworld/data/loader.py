@@ -5,11 +5,14 @@ ordered ids at any number of ranks, workers and accumulated micro-batches.
 """
 
 import itertools
+import math
 import multiprocessing
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -154,6 +157,7 @@ class Loader:
         self.bad_episodes: dict[str, str] = {}
         """Key and reason of each episode that could not be read, and was replaced."""
         self._processes: set[BaseProcess] = set()
+        self._asked_at = math.inf  # perf_counter of the batch being waited for
         self._loader: DataLoader[Any] = DataLoader(
             _Clips(reader, order, config.max_bad_episodes),
             batch_size=None,
@@ -176,40 +180,65 @@ class Loader:
         others = set(multiprocessing.active_children())
         iterator = iter(self._loader)
         self._processes |= set(multiprocessing.active_children()) - others
-        while (fetched := self._next(iterator)) is not None:
-            if isinstance(fetched, DataError):
-                raise fetched
-            self._count_bad(fetched.bad)
-            yield Batch(ids=fetched.ids, **fetched.tensors)
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), name="loader-watch", daemon=True).start()
+        try:
+            while (fetched := self._next(iterator)) is not None:
+                if isinstance(fetched, DataError):
+                    raise fetched
+                self._count_bad(fetched.bad)
+                yield Batch(ids=fetched.ids, **fetched.tensors)
+        finally:
+            ended.set()
+
+    def _watch(self, ended: threading.Event) -> None:
+        """Kill the workers when a batch is long overdue, until `ended`.
+
+        PyTorch's own timeout covers the announcement of a batch only: it then asks the worker for the memory,
+        and waits forever if that was stopped in between. A killed worker ends that wait with an EOFError.
+        """
+        while not ended.wait(_POLL_S):
+            if time.perf_counter() - self._asked_at > self.config.timeout_s + _POLL_S:
+                self._kill()
 
     def _next(self, iterator: "Iterator[_Fetched | DataError]") -> "_Fetched | DataError | None":
         """The next micro-batch, or None at the end."""
         begin = time.perf_counter()
+        self._asked_at = begin
         try:
             while True:
                 try:
                     return next(iterator, None)
                 except (RuntimeError, OSError, EOFError) as error:
                     waited_s = time.perf_counter() - begin
-                    silent = str(error).startswith("DataLoader timed out")
-                    if silent and waited_s < self.config.timeout_s:
-                        continue
-                    if not silent and all(process.is_alive() for process in self._processes):
+                    if waited_s >= self.config.timeout_s:
+                        raise self._silence(waited_s) from error
+                    slow = str(error).startswith("DataLoader timed out")
+                    if not slow:  # a connection ends a little before its process
+                        wait([process.sentinel for process in self._processes], timeout=1.0)
+                    if dead := [process for process in self._processes if not process.is_alive()]:
+                        raise self._death(dead) from error
+                    if not slow:
                         raise
-                    raise self._broken(waited_s) from error
         finally:
+            self._asked_at = math.inf
             self.wait_s += time.perf_counter() - begin
 
-    def _broken(self, waited_s: float) -> DataError:
-        dead = [f"process {p.pid} with code {p.exitcode}" for p in self._processes if not p.is_alive()]
+    def _kill(self) -> None:
         for process in self._processes:  # a stopped worker would keep this process from exiting
             process.kill()
-        if dead:
-            return DataError(
-                "a reading process died",
-                got=", ".join(dead),
-                fix="if the system killed it for memory, lower workers, prefetch or cache_gb, then resume",
-            )
+
+    def _death(self, dead: list[BaseProcess]) -> DataError:
+        codes = ", ".join(f"process {process.pid} with code {process.exitcode}" for process in dead)
+        self._kill()
+        return DataError(
+            "a reading process died",
+            got=codes,
+            fix="if the system killed it for memory, lower workers, prefetch or cache_gb, then resume",
+        )
+
+    def _silence(self, waited_s: float) -> DataError:
+        self._kill()
         return DataError(
             "no batch from the reading processes",
             got=f"{waited_s:.0f} s of silence",
