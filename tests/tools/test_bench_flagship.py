@@ -121,16 +121,16 @@ def test_moving_pixels_are_those_that_truth_moves(bench):
 
 
 def test_the_oracle_is_computed_once(bench, tmp_path, monkeypatch):
-    flagship = bench("flagship")
+    oracle = bench("flagship_oracle")
     calls = []
 
     def foresee(recorded, at, config):
         calls.append(at)
         return Foreseen(b"video", 1, float("inf"))
 
-    monkeypatch.setattr(flagship, "foresee", foresee)
+    monkeypatch.setattr(oracle, "foresee", foresee)
     for _ in range(2):
-        found = flagship.kept(None, [1, 2], OracleConfig(), tmp_path / "oracle" / "one")
+        found = oracle.kept(None, [1, 2], OracleConfig(), tmp_path / "oracle" / "one")
         assert found == Foreseen(b"video", 1, float("inf"))
     assert calls == [[1, 2]]
 

@@ -27,9 +27,10 @@ import flagship_pictures
 import numpy as np
 import torch
 from flagship_measures import Case, Imagined, lpips, moving_error, picture_rows
+from flagship_oracle import finished, oracle_of
 from table import add_rows, cpu_name
 
-from vidworld.config import digest, parse
+from vidworld.config import parse
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.fidelity import hold
@@ -37,7 +38,7 @@ from vidworld.evaluation.grounding import ground_episode
 from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.lab_truth import kind_of, read_truth
 from vidworld.evaluation.metrics import psnr
-from vidworld.evaluation.oracle import Foreseen, OracleConfig, Recorded, foresee, settings_of
+from vidworld.evaluation.oracle import Foreseen, OracleConfig, Recorded
 from vidworld.evaluation.readout import Readout, load_readout
 from vidworld.evaluation.skill import Skill, headline_errors, in_words, ruler_error, skills, too_blunt
 from vidworld.evaluation.windows import spaced
@@ -140,7 +141,10 @@ def main(arguments: Sequence[str], prog: str) -> None:
     with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         futures: dict[str, list[concurrent.futures.Future[Foreseen]]] = {}
         for kind in sorted(cases, key=SLOWEST_FIRST.index):
-            futures[kind] = [oracle_of(pool, case, options) for case in cases[kind]]
+            futures[kind] = [
+                oracle_of(pool, case, options.horizons, options.future, options.oracle)
+                for case in cases[kind]
+            ]
         ways = {"flagship": sampler(world, options)}
         ways |= {f"sampler.{text}": other_sampler(world.spec.sampler, text) for text in options.compare}
         imagined: dict[str, dict[str, list[Imagined]]] = {}
@@ -222,44 +226,6 @@ def read_cases(world: WorldModel, dataset: ShardDataset, kind: str, options: Opt
             )
         )
     return cases
-
-
-def oracle_of(
-    pool: concurrent.futures.ProcessPoolExecutor, case: Case, options: Options
-) -> "concurrent.futures.Future[Foreseen]":
-    """The oracle's futures of a case, from the cache where they are there."""
-    at = [options.future.context - 1 + horizon for horizon in options.horizons]
-    facts = [settings_of(options.future, at), case.recorded.meta["outcome"]["readouts"]]
-    path = options.oracle / f"{case.truth.kind}-{case.key}-{digest(facts)}"
-    return pool.submit(kept, case.recorded, at, options.future, path)
-
-
-def kept(recorded: Recorded, at: list[int], config: OracleConfig, path: Path) -> Foreseen:
-    """`foresee` with a cache: PATH.mp4, and PATH.json written last."""
-    note = path.with_name(f"{path.name}.json")
-    if note.is_file():
-        facts = json.loads(note.read_text())
-        effective = float("inf") if facts["effective_draws"] is None else facts["effective_draws"]
-        return Foreseen(path.with_name(f"{path.name}.mp4").read_bytes(), facts["samples"], effective)
-    found = foresee(recorded, at, config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f"{path.name}.mp4").write_bytes(found.video)
-    worth = found.effective_draws if np.isfinite(found.effective_draws) else None
-    note.write_text(json.dumps({"samples": found.samples, "effective_draws": worth}) + "\n")
-    return found
-
-
-def finished(jobs: Sequence["concurrent.futures.Future[Foreseen]"], wait_s: float) -> dict[int, Foreseen]:
-    """Results by place of what is done in time; an episode that cannot be made again is left out aloud."""
-    done, _ = concurrent.futures.wait(jobs, timeout=max(wait_s, 0))
-    found: dict[int, Foreseen] = {}
-    for place, job in enumerate(jobs):
-        if job in done:
-            try:
-                found[place] = job.result()
-            except DataError as error:
-                print(f"left out: {error}", flush=True)
-    return found
 
 
 def sampler(world: WorldModel, options: Options) -> SamplerConfig:

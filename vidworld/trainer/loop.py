@@ -7,7 +7,6 @@ so that a checkpoint holds no random state and a resumed run draws what the firs
 import hashlib
 import itertools
 import json
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidworld.errors import CheckpointError, DivergedError, PreemptedError, VidworldError
+from vidworld.errors import CheckpointError, DivergedError, PreemptedError
 from vidworld.trainer.checkpoint import Saved, SaveError
 from vidworld.trainer.control import Agreement, Clock, Signals, StopRequest, frozen_gc
 from vidworld.trainer.ema import EMA
@@ -26,6 +25,7 @@ from vidworld.trainer.engine import Engine
 from vidworld.trainer.heartbeat import Heartbeat, State
 from vidworld.trainer.logging import Accumulator, RunLog
 from vidworld.trainer.loop_config import LoopConfig
+from vidworld.trainer.lost_rank import LostRankError, of_the_network
 from vidworld.trainer.optim import OptimConfig, rate_factor
 from vidworld.trainer.saving import Saving
 from vidworld.trainer.spike import SpikeWatch
@@ -154,12 +154,8 @@ class Loop:
             self.state.gather()
             self.saving.finish()
         except RuntimeError as error:
-            if self.engine.world_size > 1 and _of_the_network(error):
-                raise LostRankError(
-                    f"rank {self.engine.rank} lost another in step {self.clock.step} "
-                    f"({_first_line(error)}): see "
-                    "what that one said, and RUN/heartbeats. The last checkpoint is whole: --resume"
-                ) from error
+            if self.engine.world_size > 1 and of_the_network(error):
+                raise LostRankError.of(error, self.engine.rank, self.clock.step) from error
             raise
         finally:
             self.saving.settle()
@@ -391,20 +387,6 @@ def noise_generator(seed: int, step: int, part: int, device: torch.device | str)
     """The random stream of one micro-step; `part` counts micro-batches of a step over all ranks."""
     digest = hashlib.blake2b(json.dumps([seed, step, part]).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-class LostRankError(VidworldError):
-    """Another process of the run is gone."""
-
-
-def _of_the_network(error: RuntimeError) -> bool:
-    """Whether a collective failed; gloo has no exception class of its own."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    """The first sentence, without the place in gloo's source."""
-    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0][:120]
 
 
 def _memory_gb(device: torch.device) -> float:
