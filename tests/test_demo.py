@@ -15,7 +15,7 @@ from vidworld import cli, demo, media
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
 from vidworld.lab.planar import PlanarConfig, PlanarSource
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.store import save_tokenizer

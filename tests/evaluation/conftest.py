@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
 from vidworld.lab.planar import PlanarConfig, PlanarSource
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.tokenizers.store import copy_tokenizer, load_tokenizer, save_tokenizer

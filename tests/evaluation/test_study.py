@@ -17,7 +17,7 @@ from vidworld.errors import ConfigError, ContractError, DataError
 from vidworld.evaluation.evaluate import evaluate
 from vidworld.evaluation.windows import Settings, pairs, plan_windows, read_window
 from vidworld.lab.planar import PlanarConfig, PlanarSource
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.types import EmbodimentSpec, Episode
 from vidworld.world.build import build

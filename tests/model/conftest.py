@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape
 from vidworld.types import Frames, SignalLevel
 

@@ -5,7 +5,8 @@ import torch
 
 from vidworld.config import from_mapping, to_mapping
 from vidworld.errors import ConfigError
-from vidworld.model.dit import Axis, CausalDiT, DiTConfig, SelfAttention
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import Axis, CausalDiT, SelfAttention
 from vidworld.model.inputs import FrameShape, Streams
 from vidworld.model.rope import axial_rotation
 from vidworld.types import Frames, SignalLevel

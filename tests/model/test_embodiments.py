@@ -8,7 +8,8 @@ import torch
 
 from vidworld.errors import ConfigError
 from vidworld.model.compile import compile_blocks
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.embodiments import Robots, carry_over, used_latents, used_tokens
 from vidworld.model.inputs import FrameShape, Streams
 from vidworld.types import Frames

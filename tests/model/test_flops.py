@@ -3,7 +3,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.flops import forward_flops, training_flops, visible_pairs
 from vidworld.model.inputs import FrameShape, Streams
 from vidworld.model.two_stream import target_predictor

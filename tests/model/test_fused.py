@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vidworld.model.compile import KERNELS, compile_blocks, fuse
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.types import Frames, SignalLevel
 

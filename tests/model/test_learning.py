@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape
 from vidworld.model.two_stream import target_predictor
 from vidworld.types import Frames, SignalLevel

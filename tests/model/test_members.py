@@ -7,7 +7,8 @@ import torch
 
 from vidworld.errors import ConfigError
 from vidworld.model.cache import KVCache
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.model.members import MemberLinear
 from vidworld.model.merge import first_member, merge_member, with_fresh_parts

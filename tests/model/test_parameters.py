@@ -1,6 +1,7 @@
 import torch
 
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.parameters import muon_parameters, parameter_groups
 

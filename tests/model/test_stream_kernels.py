@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vidworld.model.attention import reference
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.ring import Clock
 from vidworld.model.rope import rotate

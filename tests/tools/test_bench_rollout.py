@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from vidworld.errors import ConfigError
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 

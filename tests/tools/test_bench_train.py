@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.types import Frames, SignalLevel
 

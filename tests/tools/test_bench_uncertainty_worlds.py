@@ -10,7 +10,7 @@ import torch
 
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.errors import ConfigError
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.world.build import build

@@ -12,7 +12,7 @@ from vidworld.config import to_yaml
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.errors import UserError
 from vidworld.evaluation.metrics import crps
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.trainer.config import TokenizerTraining, WorldTraining, read_training
 from vidworld.world.spec import SamplerConfig, SamplerSettings, WorldSpec

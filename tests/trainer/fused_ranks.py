@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from vidworld.model.compile import fuse
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.trainer.engine import EngineConfig, build_engine
 from vidworld.trainer.optim import OptimConfig

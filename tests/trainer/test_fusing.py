@@ -19,7 +19,8 @@ from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
 from vidworld.model.compile import compile_blocks
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.trainer.engine import EngineConfig

@@ -11,7 +11,8 @@ from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.history import draw_starts
 from vidworld.diffusion.objective import ObjectiveConfig, context_levels, noise_like
 from vidworld.diffusion.path import constant_level, mix
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.model.two_stream import cached_predictor, ingest

@@ -9,7 +9,8 @@ import vidworld
 from vidworld import cli
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.grounding import ground_episode
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.quantize import MEMBER_CHANGES

@@ -16,7 +16,8 @@ from vidworld.cli import run as run_command
 from vidworld.config import to_yaml
 from vidworld.errors import ConfigError
 from vidworld.model.compile import compile_blocks
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.flops import forward_flops, visible_pairs
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.model.parameters import muon_parameters

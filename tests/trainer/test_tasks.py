@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError, DataError
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig

@@ -13,7 +13,8 @@ from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.loader import LoaderConfig
 from vidworld.diffusion.objective import EnergyConfig, ObjectiveConfig
 from vidworld.model.compile import compile_blocks
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig

@@ -9,7 +9,7 @@ import torch
 
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.path import constant_level, mix
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import Conditioning, FrameShape
 from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions

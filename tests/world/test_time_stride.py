@@ -12,7 +12,7 @@ import torch
 
 from vidworld.contract import ActionContract
 from vidworld.errors import ConfigError, ContractError, DataError
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.pretrained import wrap
 from vidworld.world.build import build

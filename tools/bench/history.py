@@ -25,7 +25,8 @@ from vidworld.config import parse
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import UserError
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape
 from vidworld.model.normalizer import Normalizer
 from vidworld.trainer.tasks import Moment, WorldTask

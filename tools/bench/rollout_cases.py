@@ -9,7 +9,7 @@ from torch import nn
 from vidworld.contract import ActionContract, Statistics
 from vidworld.errors import ConfigError
 from vidworld.lab.planar import EMBODIMENT
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.inputs import FrameShape
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.world.build import build

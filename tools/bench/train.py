@@ -32,7 +32,8 @@ from train_variants import Case, Marks, Stepper, Variant, build, leave_launch, r
 
 from vidworld.config import parse
 from vidworld.errors import ConfigError, UserError
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.flops import training_flops
 from vidworld.trainer.plan.cluster import Cluster
 from vidworld.trainer.plan.estimate import Layout, Subject, estimate

@@ -19,7 +19,8 @@ from vidworld.data.loader import LoaderConfig
 from vidworld.data.shards import ShardDataset
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.model.compile import KERNELS, fuse
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Streams
 from vidworld.model.normalizer import Normalizer
 from vidworld.trainer.ema import EMA

@@ -18,7 +18,7 @@ from vidworld.model.rectangles import StreamSizes
 from vidworld.model.rope import Rotation, rotate
 
 if TYPE_CHECKING:
-    from vidworld.model.dit import DiTConfig
+    from vidworld.model.config import DiTConfig
 
 
 class Axis(NamedTuple):

@@ -12,7 +12,7 @@ from vidworld.data.loader import LoaderConfig
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
 from vidworld.files import anchored
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.tokenizers.conv import ConvTokenizerConfig
 from vidworld.trainer.engine import EngineConfig
 from vidworld.trainer.logging import WandbMode

@@ -13,7 +13,7 @@ from vidworld import __version__
 from vidworld.config import digest, from_mapping, to_mapping
 from vidworld.contract import ActionContract
 from vidworld.errors import CheckpointError, ConfigError, ContractError, UserError
-from vidworld.model.dit import DiTConfig
+from vidworld.model.config import DiTConfig
 from vidworld.model.embodiments import Robots
 from vidworld.model.inputs import FrameShape
 from vidworld.types import Layout

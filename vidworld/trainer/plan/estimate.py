@@ -9,7 +9,8 @@ import torch
 
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError
-from vidworld.model.dit import CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import FrameShape, Streams
 from vidworld.trainer.engine import Strategy as StrategyName
 from vidworld.trainer.plan.cluster import STRATEGIES, Cluster, communication, exposed

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vidworld.model.dit import Axis, CausalDiT, DiTConfig
+from vidworld.model.config import DiTConfig
+from vidworld.model.dit import Axis, CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
 from vidworld.model.rope import Rotation
 from vidworld.types import Frames, SignalLevel
