@@ -88,6 +88,26 @@ def test_shortcut_loss_by_hand():
     assert not losses["flow"].requires_grad
 
 
+def test_regression_by_hand(generator):
+    """From pure noise in one step, whatever the ramp: no level and no step size is drawn."""
+    config = ObjectiveConfig(kind="regression", ramp=(0.9, 0.1), bootstrap_start=0.0)
+    clean, noise = scalars([1.0, 2.0], [0.5, -0.5]), scalars([-1.0, 0.4], [0.2, 0.1])
+    assert bootstrap_rows(config, 2, 0.9, 0) == 0
+    assert config.one_step == 1
+    before = generator.get_state()
+    draws = draw_levels(clean, config, num_bootstrap=0, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    losses = shortcut_loss(made_up_model, made_up_model, clean, noise, draws, config)
+
+    def row(x: float, eps: float) -> float:
+        return (0.5 * eps + 0.0 - 1.0 + 0.3 - x) ** 2
+
+    latents = (row(1.0, -1.0) + row(2.0, 0.4)) / 2
+    proprio = (row(0.5, 0.2) + row(-0.5, 0.1)) / 2
+    assert losses["loss"].item() == pytest.approx(latents + 0.2 * proprio, rel=1e-9)
+    assert losses["latents"].item() == pytest.approx(latents, rel=1e-9)
+
+
 def test_the_perfect_model_of_a_known_frame_has_no_loss(draw_frames, generator):
     """Where the clean frames are known, predicting them is right at every d."""
     clean, noise, config = draw_frames(8), draw_frames(8), ObjectiveConfig()
@@ -267,8 +287,8 @@ def two_modes(count: int, generator: torch.Generator) -> Frames:
     return Frames(x.reshape(count, 1, 1, 1, 1, 1), torch.zeros(count, 1, 0))
 
 
-def train(objective: ObjectiveConfig, steps: int) -> dict[int, float]:
-    """Train on two modes; the share of samples that lie in a mode, by the number of sampling steps."""
+def train(objective: ObjectiveConfig, steps: int) -> dict[int, torch.Tensor]:
+    """Train on two modes; samples, by the number of sampling steps."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = Denoiser(noise_dims=2 if objective.kind == "energy" else 0)
@@ -291,23 +311,30 @@ def train(objective: ObjectiveConfig, steps: int) -> dict[int, float]:
         optimizer.step()
     with torch.no_grad():
         noise = noise_like(two_modes(2000, generator), generator=generator)
-        return {steps: share_in_modes(euler(model, noise, steps)) for steps in (4, 1)}
+        return {steps: euler(model, noise, steps).latents_BTVChw.flatten() for steps in (4, 1)}
 
 
-def share_in_modes(samples: Frames) -> float:
+def share_in_modes(x: torch.Tensor) -> float:
     """Share of samples near a mode, 0 if a mode is missed."""
-    x = samples.latents_BTVChw.flatten()
     near = [((x - mode).abs() < 0.4).double().mean().item() for mode in (-1, 1)]
     return sum(near) if min(near) > 0.25 else 0.0
 
 
 def test_shortcuts_learn_both_modes_in_one_step_and_plain_flow_does_not():
     shortcut = train(ObjectiveConfig(bootstrap_fraction=0.5), 1300)
-    assert shortcut[4] > 0.8
-    assert shortcut[1] > 0.7
+    assert share_in_modes(shortcut[4]) > 0.8
+    assert share_in_modes(shortcut[1]) > 0.7
     plain = train(ObjectiveConfig(bootstrap_fraction=0.0), 300)
-    assert plain[1] < 0.1, "the negative control: one step of plain flow matching is the mean"
+    assert share_in_modes(plain[1]) < 0.1, "the negative control: one step of plain flow matching is the mean"
 
 
 def test_energy_score_learns_both_modes_in_one_step():
-    assert train(ObjectiveConfig(kind="energy", energy=EnergyConfig(patch=1, samples=4)), 800)[1] > 0.75
+    samples = train(ObjectiveConfig(kind="energy", energy=EnergyConfig(patch=1, samples=4)), 800)[1]
+    assert share_in_modes(samples) > 0.75
+
+
+def test_regression_learns_the_mean_whatever_the_noise():
+    """And hence neither mode: what it is not for."""
+    samples = train(ObjectiveConfig(kind="regression"), 300)[1]
+    assert samples.abs().max() < 0.2
+    assert share_in_modes(samples) == 0

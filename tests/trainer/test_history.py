@@ -73,7 +73,7 @@ def losses_of(task: WorldTask, moment: Moment, seed: int = 1) -> dict[str, torch
     return task(make_batch(), torch.Generator().manual_seed(seed), moment)
 
 
-@pytest.mark.parametrize("kind", ["shortcut", "energy"])
+@pytest.mark.parametrize("kind", ["shortcut", "regression", "energy"])
 def test_none_and_not_yet_are_bit_by_bit_the_plain_loss(kind: Any) -> None:
     plain = losses_of(make_task(kind=kind, resample_fraction=0.0), LATE)
     not_yet = losses_of(make_task(kind=kind, resample_start=0.95), LATE)
@@ -95,7 +95,13 @@ def parts(task: WorldTask, batch: Batch) -> tuple[Frames, Frames, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "stride", "previous_frame"),
-    [("shortcut", 1, False), ("energy", 1, False), ("shortcut", 2, False), ("shortcut", 1, True)],
+    [
+        ("shortcut", 1, False),
+        ("regression", 1, False),
+        ("energy", 1, False),
+        ("shortcut", 2, False),
+        ("shortcut", 1, True),
+    ],
 )
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_imagined_frames_are_those_of_a_cached_rollout(

@@ -157,6 +157,16 @@ def test_a_world_starts_from_another(
         settings.world(latents, tokenizer_run, objective={"kind": "energy"})
 
 
+def test_a_world_of_means_takes_one_step(
+    latents: Path, tokenizer_run: Path, settings: SimpleNamespace
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sampler.steps of objective.kind 'regression' in .*: got 4, expected 1"
+    ):
+        settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 4})
+    settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 1})
+
+
 def test_a_world_begins_from_one_that_was_not_given_the_frame_before(
     latents: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the model learns: x-prediction flow matching with shortcut forcing, or energy scores.
+"""What the model learns: flow matching with shortcut forcing, one-step regression, or energy scores.
 
 All randomness comes from an explicit generator or arrives as noise. Context streams are the model's business
 (the `Predict` closes over them): here are only the frames to be denoised.
@@ -25,8 +25,9 @@ from vidworld.types import Frames, SignalLevel
 class ObjectiveConfig:
     """Objective of the dynamics (Dreamer 4, Hafner et al. 2025; shortcut models, Frans et al. 2024)."""
 
-    kind: Literal["shortcut", "energy"] = "shortcut"
-    """`shortcut` trains the model; `energy` is a short fine-tune of one-step samples."""
+    kind: Literal["shortcut", "regression", "energy"] = "shortcut"
+    """`shortcut` learns to sample in 1 to `finest_steps` steps. `regression` learns the mean of the next frame
+    in one step: best where the future follows from the past. `energy` is a fine-tune of one-step samples."""
     finest_steps: int = 16
     """Steps of the finest sampler, a power of two: 1/finest_steps is the step size of plain flow matching."""
     context_noise: float = 0.3
@@ -43,7 +44,7 @@ class ObjectiveConfig:
     """Weight of latents where the picture has been changing, see `motion.motion_weights`: 1 shares up to half
     of a frame's weight by change; 0 weighs all places alike."""
     ramp: tuple[float, float] = (0.9, 0.1)
-    """Weight of a frame at level tau: ramp[0] * tau + ramp[1]."""
+    """Weight of a frame at level tau in `shortcut`: ramp[0] * tau + ramp[1]."""
     resample_fraction: float = 0.0
     """Share of rows whose context is from some frame on what the model itself imagines (`history`)."""
     resample_start: float = 0.7
@@ -76,7 +77,7 @@ class ObjectiveConfig:
     @property
     def one_step(self) -> float:
         """The step size that the model is told for a sample in one step: the largest that it learns."""
-        taught = self.kind == "energy" or (self.bootstrap_fraction > 0 and self.finest_steps > 1)
+        taught = self.kind != "shortcut" or (self.bootstrap_fraction > 0 and self.finest_steps > 1)
         return 1.0 if taught else 1 / self.finest_steps
 
 
@@ -95,7 +96,7 @@ def bootstrap_rows(config: ObjectiveConfig, batch_size: int, progress: float, co
     Alternates between whole numbers where the share is no whole number of rows, and is the same on every
     rank: ranks that disagree on the number of model calls hang under ZeRO-3.
     """
-    if progress < config.bootstrap_start or config.finest_steps == 1:
+    if config.kind != "shortcut" or progress < config.bootstrap_start or config.finest_steps == 1:
         return 0
     return _share_of_rows(config.bootstrap_fraction, batch_size, count)
 
@@ -121,7 +122,11 @@ def draw_levels(
 
     Flow rows: d = 1/finest_steps; tau uniform in [0, 1), shifted, and 0 for `pure_noise_fraction` of them.
     Bootstrap rows: d uniform over 1, 1/2, ... 2/finest_steps; tau uniform over the multiples of d below 1.
+    Of `regression` all frames are pure noise, to be left in one step: tau = 0, d = 1.
     """
+    if config.kind == "regression":
+        pure = constant_level(frames, 0.0)
+        return Draws(pure, torch.ones_like(pure.signal), 0)
     shape, device = frames.proprio_BTS.shape[:2], generator.device
     uniform_BT = torch.rand(shape, generator=generator, device=device)
     level = SignalLevel.from_signal(uniform_BT)
@@ -187,7 +192,7 @@ def shortcut_loss(
     denominator: Tensor | float | None = None,
     used_B: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Shortcut forcing in x-space: w(tau) |f(z, tau, d) - target|^2, w = 0.9 tau + 0.1.
+    """Shortcut forcing in x-space: w(tau) |f(z, tau, d) - target|^2, w = 0.9 tau + 0.1; of regression w = 1.
 
     The target is the clean frame on flow rows and `bootstrap_target` on the first `draws.num_bootstrap` rows,
     for which `predict_rows` is `predict` on those rows alone. The error is a mean over a frame's latents plus
@@ -218,7 +223,7 @@ def shortcut_loss(
         weighted_BT = _mean_of_frame(squared.latents_BTVChw * moving_BTV1hw)
         if used_B is not None:
             weighted_BT = weighted_BT / used_B[:, None]
-    ramp_BT = config.ramp[0] * draws.level.signal + config.ramp[1]
+    ramp_BT = 1.0 if config.kind == "regression" else config.ramp[0] * draws.level.signal + config.ramp[1]
     loss_BT = ramp_BT * (weighted_BT + config.proprio_weight * proprio_BT)
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
     return {

@@ -263,7 +263,7 @@ class WorldTask(Task[CausalDiT]):
         return Frames.cat([clean[: batch_size - count], imagined], 0)
 
     def forward(self, batch: Batch, generator: torch.Generator, moment: Moment) -> dict[str, Tensor]:
-        """Shortcut forcing, or the energy score of one-step samples."""
+        """Shortcut forcing, one-step regression, or the energy score of one-step samples."""
         clean = self.clean(batch)
         conditioning = self.conditioning(batch, generator)
         used_B = self.used(batch)
@@ -273,7 +273,7 @@ class WorldTask(Task[CausalDiT]):
         context = mix(history, context_noise, context_level)
         predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
         match self.objective.kind:
-            case "shortcut":
+            case "shortcut" | "regression":
                 noise = self.unpadded(noise_like(clean, generator=generator), batch)
                 num_bootstrap = bootstrap_rows(
                     self.objective, len(batch.ids), moment.progress, moment.micro_batches
@@ -286,7 +286,7 @@ class WorldTask(Task[CausalDiT]):
                 noise = noise_like(tiled, generator=generator)
                 return energy_loss(predict, clean, noise, self.objective, used_B=used_B)
             case other:
-                raise ConfigError("objective.kind", got=other, expected="shortcut or energy")
+                raise ConfigError("objective.kind", got=other, expected="shortcut, regression or energy")
 
     def matrices(self) -> Sequence[nn.Parameter]:
         """The blocks' matrices."""

@@ -131,9 +131,7 @@ def moments(task: WorldTask, shape: ClipShape) -> list[Moment]:
     found: dict[tuple[int, int], Moment] = {}
     for progress in sorted({0.0, objective.bootstrap_start, objective.resample_start, 1.0}):
         for micro in range(MICRO_BATCHES):
-            bootstrap = 0
-            if objective.kind == "shortcut":
-                bootstrap = bootstrap_rows(objective, rows, progress, micro)
+            bootstrap = bootstrap_rows(objective, rows, progress, micro)
             imagined = resample_rows(objective, rows, latent_frames, progress, micro)
             found.setdefault((bootstrap, imagined), Moment(progress, micro))
     return list(found.values())
