@@ -80,15 +80,15 @@ def main(arguments: Sequence[str], prog: str) -> None:
     tokenizer, world = options.out / "tokenizer", options.out / "world"
     do("train", options.out / "tokenizer.yaml", "--out", tokenizer)
     do("train", options.out / "world.yaml", "--out", world)
-    asked = ["--data", data, "--prompt", episode, "--context", CONTEXT, "--frames", options.frames]
+    known = ("--context", CONTEXT, "--frames", options.frames, "--samples", 1)  # a mean has one future
+    asked = ["--data", data, "--prompt", episode, *known]
     if options.data is not None:
         # Of a few episodes, the held-out one may go where no other went; the contract is still its own.
         asked.append("--allow-out-of-range")
     do("rollout", world, *asked, "--out", options.out / "rollout")
-    do("rollout", world, *asked, "--actions", "sweep", "--samples", 1, "--out", options.out / "sweep")
+    do("rollout", world, *asked, "--actions", "sweep", "--out", options.out / "sweep")
     report = options.out / "report"
-    horizon = ("--context", CONTEXT, "--frames", options.frames)
-    do("eval", world, data, *horizon, "--samples", 2, "--episodes", 16, "--out", report)
+    do("eval", world, data, *known, "--episodes", 16, "--out", report)
     _finish(options, json.loads((report / "metrics.json").read_text()), (time.monotonic() - began) / 60)
 
 
@@ -189,12 +189,13 @@ def _write_configs(options: DemoOptions, data: Path) -> None:
             "time_every": 3,
             "num_registers": 1,
         },
-        # One-step samples matter here: half the levels are pure noise, and larger steps are copied late.
+        # An arm goes where it is told: learn the mean, and histories that the model imagined itself.
         "objective": {
-            "finest_steps": 8,
-            "pure_noise_fraction": 0.5,
-            "bootstrap_start": 0.6,
+            "kind": "regression",
             "context_noise": 0.15,
+            "resample_fraction": 0.5,
+            "resample_passes": 3,
+            "resample_start": 0.3,
         },
         "sampler": {"steps": 1},
         "loader": {"clip_frames": 8, "batch_size": 8, "workers": 0},

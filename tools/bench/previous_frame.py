@@ -1,10 +1,11 @@
-"""Does giving a frame the one before it, besides attention, let what was painted stay? Measured on paint.
+"""What lets stay what was painted: the frame before as an input, the objective, imagined histories? On paint.
 
     vidworld lab paint --episodes 200 --size 64 --variety one --out data/paint64
     python tools/bench/previous_frame.py data/paint64 --out outputs/previous_frame
 
-For each seed two worlds are trained alike for as many steps, with and without `model.previous_frame`, on
-latents of the tokenizer that comes with vidworld. Measured on held-out episodes, in one step a frame: the
+For each seed worlds are trained alike for as many steps, by the objective of shortcuts with and without
+`model.previous_frame`, by that with imagined histories, and by one-step regression, on latents of the
+tokenizer that comes with vidworld. Measured on held-out episodes, in one step a frame: the
 error on pixels of strokes by how many frames ago they were painted, a frame ahead of true history; and
 rollouts of 24 frames. `copy` is the true frame before (or, of rollouts, the last known one), and `tokenizer`
 what no world can beat; `latent` errors are those to what the tokenizer makes of the truth. Runs in --out are
@@ -44,7 +45,17 @@ from vidworld.world.world import WorldModel
 CONTEXT, HORIZON = 7, 24
 AGES = (0, 1, 2, 4, 8)
 HORIZONS = (8, 16, 24)
-ARMS: dict[str, dict[str, Any]] = {"attention": {}, "previous": {"previous_frame": True}}
+HISTORY = {"resample_fraction": 0.5, "resample_passes": 3, "resample_start": 0.3}
+PREVIOUS = {"previous_frame": True}
+ARMS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "attention": ({}, {}),
+    "previous": (PREVIOUS, {}),
+    "history": ({}, HISTORY),
+    "regression": ({}, {"kind": "regression"}),
+    "regression_history": ({}, {"kind": "regression", **HISTORY}),
+    "regression_history_previous": (PREVIOUS, {"kind": "regression", **HISTORY}),
+}
+"""What differs of the model and of the objective."""
 WORLD: dict[str, Any] = {
     "width": 128,
     "depth": 3,
@@ -60,12 +71,12 @@ OBJECTIVE: dict[str, Any] = {
     "bootstrap_start": 0.6,
     "context_noise": 0.15,
 }
-"""As in `vidworld demo`."""
+"""Half of the levels are pure noise, and larger steps are copied late: all that one-step samples need."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train worlds with and without the previous frame as an input, and see what stays."""
+    """Train worlds in several ways, and see what stays."""
 
     data: tyro.conf.Positional[Path]
     """Paint episodes with masks, as video shards."""
@@ -135,8 +146,8 @@ def train_world(options: Options, arm: str, seed: int, tokenizer: Path, latents:
         "data": str(latents),
         "tokenizer": str(tokenizer),
         "seed": seed,
-        "model": WORLD | ARMS[arm],
-        "objective": OBJECTIVE,
+        "model": {**WORLD, **ARMS[arm][0]},
+        "objective": {**OBJECTIVE, **ARMS[arm][1]},
         "sampler": {"steps": 1},
         "loader": {"clip_frames": 8, "batch_size": 8, "workers": 0},
         "optim": {"lr": 1.5e-3, "muon_lr": 0.02, "warmup_steps": 50, "decay_fraction": 0.5},

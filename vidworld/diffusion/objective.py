@@ -26,8 +26,8 @@ class ObjectiveConfig:
     """Objective of the dynamics (Dreamer 4, Hafner et al. 2025; shortcut models, Frans et al. 2024)."""
 
     kind: Literal["shortcut", "regression", "energy"] = "shortcut"
-    """`shortcut` learns to sample in 1 to `finest_steps` steps. `regression` learns the mean of a frame in one
-    step: best where the future follows from the past. `energy` is a fine-tune of one-step samples."""
+    """`shortcut` learns to sample in 1 to `finest_steps` steps; `regression` the mean of a frame in one step,
+    for what follows from the past; `energy` is a fine-tune of one-step samples."""
     finest_steps: int = 16
     """Steps of the finest sampler, a power of two: 1/finest_steps is the step size of plain flow matching."""
     context_noise: float = 0.3
