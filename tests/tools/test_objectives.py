@@ -80,6 +80,9 @@ def test_every_objective_gets_as_many_operations(bench: SimpleNamespace) -> None
     assert forwards(bench.main.FLOW) == 3
     assert forwards(ObjectiveConfig()) == pytest.approx(3 + 2 * 0.25 * 0.8)
     assert forwards(ObjectiveConfig(kind="energy")) == pytest.approx(4.5), "two targets beside the context"
+    assert forwards(ObjectiveConfig(kind="regression")) == 3
+    means = ObjectiveConfig(**bench.main.MEANS)
+    assert forwards(means) == pytest.approx(3 + 0.5 * 2 * 0.8), "and passes of imagined histories"
 
 
 def test_the_table_is_the_mean_over_seeds(bench: SimpleNamespace, tmp_path: Path) -> None:
@@ -181,12 +184,16 @@ def test_from_episodes_to_rows(tmp_path: Path) -> None:
     assert not rows.exists()
     said = run("--seeds", 0)
     assert "| flow | 64 | 12 |" in said
+    assert "| regression_energy | 1 | 9 |" in said
     names = {row["name"] for row in json.loads(rows.read_text())}
-    for key in ("shortcut.k1", "shortcut.k2", "shortcut.k4", "energy.k1", "flow.k4", "flow.k16", "flow.k64"):
+    for key in ("shortcut.k1", "shortcut.k2", "shortcut.k4", "energy.k1", "flow.k4", "flow.k16", "flow.k64",
+                "regression.k1", "regression_energy.k1"):  # fmt: skip
         assert {f"objectives.{key}.{metric}" for metric in ("sharpness", "coverage", "fps")} <= names
         assert (tmp_path / "out" / f"strip-0-{key}.png").exists()
     record = json.loads((tmp_path / "out" / "seed-0.json").read_text())
-    assert record["steps"] == {"shortcut": 11, "energy": 8 + 2, "flow": 12}
+    assert record["steps"] == {
+        "shortcut": 11, "energy": 8 + 2, "flow": 12, "regression": 9, "regression_energy": 7 + 2,
+    }  # fmt: skip
     before = (tmp_path / "out" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns
     run("--seeds", 0)
     assert (tmp_path / "out" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns == before, "kept"

@@ -3,8 +3,9 @@
     vidworld lab container --episodes 1500 --size 64 --no-masks --out data/container64
     python tools/bench/objectives.py data/container64 --out outputs/objectives --minutes 0.33
 
-Trains, for each seed and for as many minutes each: plain flow matching; shortcuts; and shortcuts for three
-quarters of the time with an energy-score fine-tune in the last one. Each is rolled out on held-out episodes
+Trains, for each seed and for as many minutes each: plain flow matching; shortcuts; one-step regression with
+imagined histories; and the latter two for three quarters of the time with an energy-score fine-tune in the
+last one. Each is rolled out on held-out episodes
 of boxes with hidden contents, whose future is open, in ensembles that are verified against what happened.
 Files of finished seeds in --out are kept, so that seeds can be trained on several GPUs (`--seeds 0`,
 `--seeds 1`, ..., after `--seeds` alone has made the tokenizer and the latents); each call draws the table of
@@ -40,13 +41,27 @@ from vidworld.trainer.train import train
 from vidworld.world.world import WorldModel
 
 ENERGY_SHARE = 0.25
-"""Of the training time of `energy`, in place of the end of `shortcut`."""
+"""Of the training time of `energy`, in place of the end of what it begins with."""
 SIZES: dict[str, dict[str, Any]] = {
     "8x256": {"width": 256, "depth": 8, "num_heads": 4, "num_kv_heads": 2, "time_every": 4},
     "4x64": {"width": 64, "depth": 4, "num_heads": 2, "num_kv_heads": 1, "time_every": 2, "num_registers": 1},
 }
+TRUNKS = {"energy": "trunk", "regression_energy": "means"}
+"""Runs that others begin from, in the folder of a seed."""
 FLOW = ObjectiveConfig(bootstrap_fraction=0.0)
-RECIPES: dict[str, tuple[int, ...]] = {"shortcut": (1, 2, 4), "energy": (1,), "flow": (4, 16, 64)}
+MEANS: dict[str, Any] = {
+    "kind": "regression",
+    "resample_fraction": 0.5,
+    "resample_passes": 2,
+    "resample_start": 0.2,
+}
+RECIPES: dict[str, tuple[int, ...]] = {
+    "shortcut": (1, 2, 4),
+    "energy": (1,),
+    "flow": (4, 16, 64),
+    "regression": (1,),
+    "regression_energy": (1,),
+}
 """Objective -> steps a frame that it is sampled in."""
 
 
@@ -165,11 +180,17 @@ class Bench:
                 draw_strip(videos, self.options, self.options.out / f"strip-{seed}-{key}.png")
 
     def train(self, name: str, seed: int) -> Path:
-        """The run of an objective; `energy` begins where a shorter shortcut run ends."""
+        """The run of an objective; those with `energy` begin where a shorter run of another ends."""
         folder = self.options.out / f"seed-{seed}"
         if name == "energy":
             trunk = self._run(folder / "trunk", seed, 1 - ENERGY_SHARE, {})
             return self._run(folder / name, seed, ENERGY_SHARE, {"kind": "energy"}, init=trunk)
+        if name == "regression_energy":
+            trunk = self._run(folder / "means", seed, 1 - ENERGY_SHARE, MEANS)
+            histories = MEANS | {"kind": "energy", "resample_start": 0.0}
+            return self._run(folder / name, seed, ENERGY_SHARE, histories, init=trunk)
+        if name == "regression":
+            return self._run(folder / name, seed, 1.0, MEANS)
         return self._run(folder / name, seed, 1.0, {"bootstrap_fraction": 0.0} if name == "flow" else {})
 
     def windows(self, world: WorldModel) -> list[Recorded]:
@@ -219,6 +240,7 @@ class Bench:
             "init": None if init is None else str(init),
             "model": SIZES[options.size] | {"noise_dims": 32},
             "objective": dict(objective),
+            "sampler": {"steps": 1} if objective.get("kind") == "regression" else {},
             "loader": {"clip_frames": options.clip, "batch_size": options.batch, "workers": 0, "cache_gb": 8},
             "optim": {
                 "lr": 6e-4 * scale,
@@ -263,9 +285,12 @@ class Bench:
 
 def forwards(config: ObjectiveConfig) -> float:
     """Operations of a step, mean over training, in forward passes over a context and one target stream."""
+    imagined = config.resample_fraction * config.resample_passes * (1 - config.resample_start)
     if config.kind == "energy":
-        return 3 * (1 + config.energy.samples) / 2
-    return 3 + 2 * config.bootstrap_fraction * (1 - config.bootstrap_start)
+        return 3 * (1 + config.energy.samples) / 2 + imagined
+    if config.kind == "regression":
+        return 3 + imagined
+    return 3 + imagined + 2 * config.bootstrap_fraction * (1 - config.bootstrap_start)
 
 
 def draw_strip(videos: Mapping[str, np.ndarray], options: Options, path: Path) -> None:
@@ -278,7 +303,8 @@ def steps_of(run: Path) -> int:
     """Optimizer steps that a run had time for, those of the run that it began from included."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = max(row.get("step", 0) for row in rows)
-    return own + (steps_of(run.parent / "trunk") if run.name == "energy" else 0)
+    trunk = TRUNKS.get(run.name)
+    return own + (steps_of(run.parent / trunk) if trunk else 0)
 
 
 def device_name() -> str:
