@@ -63,7 +63,7 @@ def test_your_own_shards_are_taken_as_they_are(commands):
 
 @pytest.fixture
 def shipped_world(tmp_path, monkeypatch):
-    """A world of the lab under the name that the demo looks for, with a recipe."""
+    """A world of the lab under the name that the demo looks for."""
     manifest = ShardDataset.open(demo.SAMPLE).manifest
     torch.manual_seed(0)
     config = ConvTokenizerConfig(widths=(16, 16, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1))
@@ -75,12 +75,10 @@ def shipped_world(tmp_path, monkeypatch):
         tokenizer.digest,
     )  # fmt: skip
     folder = tmp_path / "weights" / "lab"
-    (folder / "recipe").mkdir(parents=True)
+    folder.mkdir(parents=True)
     spec.write(folder)
     save_tokenizer(tokenizer, folder / "tokenizer")
     save_file(build(spec, tokenizer).model.state_dict(), folder / "model.safetensors")
-    recipe = {"kind": "world", "data": "data/lab", "tokenizer": "runs/t", "objective": {"kind": "energy"}}
-    (folder / "recipe" / "world.yaml").write_text(yaml.safe_dump(recipe | {"model": {"noise_dims": 4}}))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
     monkeypatch.setattr(demo, "_no_lab", lambda: None)
     return folder
@@ -113,7 +111,8 @@ def test_a_world_that_comes_along_is_tuned_and_shown_before_and_after(shipped_wo
     assert before[2:-1] == after[2:-1]  # the same windows
     training = read_training(out / "world.yaml")
     assert isinstance(training, WorldTraining)
-    assert training.objective.kind == "energy"
+    assert training.objective.kind == "regression"
+    assert training.sampler.steps == 1
     assert training.model.width == 32
     resolved = absolute(training)
     assert isinstance(resolved, WorldTraining)

@@ -17,7 +17,6 @@ from vidworld.config import to_mapping
 from vidworld.data.manifest import Manifest
 from vidworld.data.shards import ShardDataset
 from vidworld.evaluation.lab_frames import scene
-from vidworld.trainer.config import read_training
 from vidworld.world.load import find
 from vidworld.world.spec import WorldSpec
 
@@ -57,12 +56,7 @@ def tune(out: Path, minutes: float, do: Callable[..., None]) -> dict[str, Any]:
 
 
 def write_config(path: Path, data: Path, minutes: float, spec: WorldSpec) -> None:
-    """A YAML that trains on from the world that comes along, with the objective that it was trained with."""
-    recipe = find(NAME).directory / "recipe" / "world.yaml"
-    objective: dict[str, Any] = {"finest_steps": spec.sampler.finest_steps}
-    if recipe.is_file():
-        training = read_training(recipe)
-        objective = to_mapping(training)["objective"]
+    """A YAML that trains on from the world that comes along; a mean learns the new look fastest."""
     own = to_mapping(spec.sampler)
     settings = {
         "kind": "world",
@@ -71,8 +65,12 @@ def write_config(path: Path, data: Path, minutes: float, spec: WorldSpec) -> Non
         "init": NAME,
         "wandb": "off",
         "model": to_mapping(spec.model),
-        "objective": objective,
-        "sampler": {name: own[name] for name in ("steps", "method", "context_noise", "sink", "guidance")},
+        "objective": {
+            "kind": "regression", "resample_fraction": 0.5, "resample_passes": 2, "resample_start": 0.0,
+        },
+        "sampler": {"steps": 1} | {
+            name: own[name] for name in ("method", "context_noise", "sink", "guidance")
+        },
         "loader": {
             "clip_frames": min(CLIP_FRAMES, spec.sampler.window), "batch_size": BATCH, "workers": 0,
         },
