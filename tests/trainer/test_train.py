@@ -160,8 +160,9 @@ def test_a_world_starts_from_another(
 def test_a_world_of_means_takes_one_step(
     latents: Path, tokenizer_run: Path, settings: SimpleNamespace
 ) -> None:
-    with pytest.raises(ConfigError, match=r"sampler.steps of .* 'regression' in .*: got 4, expected 1"):
-        settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 4})
+    for wrong in ({"steps": 4}, {"steps": 1, "method": "heun"}):
+        with pytest.raises(ConfigError, match=r"'regression' in .*: got \w+, \d, expected euler, 1"):
+            settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler=wrong)
     settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 1})
 
 

@@ -181,7 +181,8 @@ class Loader:
         iterator = iter(self._loader)
         self._processes |= set(multiprocessing.active_children()) - others
         ended = threading.Event()
-        threading.Thread(target=self._watch, args=(ended,), name="loader-watch", daemon=True).start()
+        if self._processes:
+            threading.Thread(target=self._watch, args=(ended,), name="loader-watch", daemon=True).start()
         try:
             while (fetched := self._next(iterator)) is not None:
                 if isinstance(fetched, DataError):

@@ -158,11 +158,12 @@ class WorldTraining(DataChoice):
                 raise ConfigError(
                     f"setting {name!r}", got=getattr(self, name), expected="a share from 0 to 1"
                 )
-        if self.objective.kind == "regression" and self.sampler.steps != 1:
+        sampler = (self.sampler.method, self.sampler.steps)
+        if self.objective.kind == "regression" and sampler != ("euler", 1):
             raise ConfigError(
-                "sampler.steps of objective.kind 'regression'",
-                got=self.sampler.steps,
-                expected="1, the only number that it learns",
+                "sampler.method and sampler.steps of objective.kind 'regression'",
+                got=f"{sampler[0]}, {sampler[1]}",
+                expected="euler, 1: all that it learns",
             )
         if self.objective.kind == "energy" and not self.model.noise_dims:
             raise ConfigError(
