@@ -288,7 +288,7 @@ def two_modes(count: int, generator: torch.Generator) -> Frames:
 
 
 def train(objective: ObjectiveConfig, steps: int) -> dict[int, torch.Tensor]:
-    """Train on two modes; samples, by the number of sampling steps."""
+    """Train on two modes; samples, by the number of sampling steps, and at 0 one step from no noise."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = Denoiser(noise_dims=2 if objective.kind == "energy" else 0)
@@ -299,6 +299,8 @@ def train(objective: ObjectiveConfig, steps: int) -> dict[int, torch.Tensor]:
         clean = two_modes(256, generator)
         if objective.kind == "energy":
             noise = noise_like(Frames.cat([clean] * objective.energy.samples, 1), generator=generator)
+            if objective.energy.mean_weight:
+                noise = Frames.cat([noise, clean.map(torch.zeros_like)], 1)
             losses = energy_loss(model, clean, noise, objective)
         else:
             rows = bootstrap_rows(objective, 256, step / steps, step)
@@ -311,7 +313,9 @@ def train(objective: ObjectiveConfig, steps: int) -> dict[int, torch.Tensor]:
         optimizer.step()
     with torch.no_grad():
         noise = noise_like(two_modes(2000, generator), generator=generator)
-        return {steps: euler(model, noise, steps).latents_BTVChw.flatten() for steps in (4, 1)}
+        drawn = {steps: euler(model, noise, steps) for steps in (4, 1)}
+        drawn[0] = euler(model, noise.map(torch.zeros_like), 1)
+        return {steps: frames.latents_BTVChw.flatten() for steps, frames in drawn.items()}
 
 
 def share_in_modes(x: torch.Tensor) -> float:
@@ -331,6 +335,15 @@ def test_shortcuts_learn_both_modes_in_one_step_and_plain_flow_does_not():
 def test_energy_score_learns_both_modes_in_one_step():
     samples = train(ObjectiveConfig(kind="energy", energy=EnergyConfig(patch=1, samples=4)), 800)[1]
     assert share_in_modes(samples) > 0.75
+
+
+def test_the_mean_is_learnt_beside_both_modes():
+    energy = EnergyConfig(patch=1, samples=4, mean_weight=1.0)
+    drawn = train(ObjectiveConfig(kind="energy", energy=energy), 800)
+    assert share_in_modes(drawn[1]) > 0.75
+    assert drawn[0].abs().max() < 0.2
+    without = train(ObjectiveConfig(kind="energy", energy=EnergyConfig(patch=1, samples=4)), 800)
+    assert without[0].abs().mean() > 0.3, "negative control: not trained for, no noise gives any sample"
 
 
 def test_regression_learns_the_mean_whatever_the_noise():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.diffusion.energy import EnergyConfig
 from vidworld.diffusion.history import draw_starts
 from vidworld.diffusion.objective import ObjectiveConfig, context_levels, noise_like
 from vidworld.diffusion.path import constant_level, mix
@@ -82,6 +83,14 @@ def test_none_and_not_yet_are_bit_by_bit_the_plain_loss(kind: Any) -> None:
     assert not torch.equal(begun["loss"], plain["loss"]), "negative control"
 
 
+HALF_B11 = torch.tensor([0.0, 1.0])[:, None, None]
+"""Of the two imagined rows the second is a sample."""
+
+
+def _times(tensor: torch.Tensor, factor_B11: torch.Tensor) -> torch.Tensor:
+    return tensor * factor_B11.view(-1, *[1] * (tensor.ndim - 1))
+
+
 def parts(task: WorldTask, batch: Batch) -> tuple[Frames, Frames, Any]:
     """Clean frames, context noise and levels."""
     generator = torch.Generator().manual_seed(7)
@@ -94,21 +103,31 @@ def parts(task: WorldTask, batch: Batch) -> tuple[Frames, Frames, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stride", "previous_frame"),
+    ("kind", "stride", "previous_frame", "mean_weight"),
     [
-        ("shortcut", 1, False),
-        ("regression", 1, False),
-        ("energy", 1, False),
-        ("shortcut", 2, False),
-        ("shortcut", 1, True),
+        ("shortcut", 1, False, 0.0),
+        ("regression", 1, False, 0.0),
+        ("energy", 1, False, 0.0),
+        ("energy", 1, False, 2.0),
+        ("shortcut", 2, False, 0.0),
+        ("shortcut", 1, True, 0.0),
     ],
 )
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_imagined_frames_are_those_of_a_cached_rollout(
-    kind: Any, stride: int, previous_frame: bool, passes: int
+    kind: Any, stride: int, previous_frame: bool, mean_weight: float, passes: int
 ) -> None:
-    """The first `passes` of them: what a rollout makes of the same context, noise and actions."""
-    task = make_task(stride, previous_frame=previous_frame, kind=kind, resample_passes=passes)
+    """The first `passes` of them: what a rollout makes of the same context, noise and actions.
+
+    Where the mean is learnt too, every other row has no noise.
+    """
+    task = make_task(
+        stride,
+        previous_frame=previous_frame,
+        kind=kind,
+        resample_passes=passes,
+        energy=EnergyConfig(mean_weight=mean_weight),
+    )
     batch = make_batch(stride)
     clean, noise, level = parts(task, batch)
     history = task.history(batch, clean, noise, level, torch.Generator().manual_seed(5), LATE)
@@ -117,6 +136,8 @@ def test_the_imagined_frames_are_those_of_a_cached_rollout(
     generator = torch.Generator().manual_seed(5)
     xi_BTX = torch.randn(2, T, 3, generator=generator) if kind == "energy" else torch.zeros(2, T, 3)
     start_noise = noise_like(clean[2:], generator=generator)
+    if mean_weight:
+        xi_BTX, start_noise = xi_BTX * HALF_B11, start_noise.map(lambda tensor: _times(tensor, HALF_B11))
     starts = draw_starts(2, T, generator=generator, device=torch.device("cpu")).tolist()
     context = mix(clean, noise, level)
     known = task.known_conditioning(batch)

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidworld.contract import ActionContract, Dimension, Statistics
+from vidworld.diffusion.energy import EnergyConfig
 from vidworld.diffusion.objective import ObjectiveConfig
 from vidworld.errors import ConfigError, DataError
 from vidworld.model.config import DiTConfig
@@ -18,7 +19,7 @@ from vidworld.model.normalizer import Normalizer
 from vidworld.tokenizers.conv import ConvTokenizer, ConvTokenizerConfig
 from vidworld.trainer.loop import noise_generator
 from vidworld.trainer.tasks import Moment, TokenizerTask, WorldTask
-from vidworld.types import Batch
+from vidworld.types import Batch, Frames
 
 A, S = 3, 2
 
@@ -164,6 +165,36 @@ def test_small_micro_batches_take_turns_at_the_bootstrap() -> None:
         for number in range(8)
     ]
     assert sum(seen) == 4, "a quarter of two rows is one row in every second micro-batch"
+
+
+def test_the_mean_is_predicted_without_noise() -> None:
+    """Its stream is the last; of the loss it is the squared error, beside the very same energy score."""
+    energy = EnergyConfig(mean_weight=2.0)
+    task = make_task(noise_dims=3, objective=ObjectiveConfig(kind="energy", energy=energy))
+    for parameter in task.net.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    seen: list[tuple[Frames, torch.Tensor | None]] = []
+
+    def watch(module: Any, given: Any) -> None:
+        seen.append((given[0], given[3].noise_BTX))
+
+    handle = task.net.register_forward_pre_hook(watch)
+    both = task(make_batch(), torch.Generator().manual_seed(1), Moment())
+    handle.remove()
+    [(frames, noise_BTX)] = seen
+    num_frames = frames.num_frames // 4  # the context, two samples, the mean
+    assert noise_BTX is not None
+    for part_BTX in (frames.latents_BTVChw, frames.proprio_BTS, noise_BTX):
+        streams = part_BTX.unflatten(1, (4, num_frames))
+        assert not streams[:, 3].any()
+        assert streams[:, 1].any()
+        assert streams[:, 2].any(), "negative control"
+    torch.testing.assert_close(
+        both["loss"], both["latents"] + 0.2 * both["proprio"] + 2.0 * both["mean"].to(both["loss"])
+    )
+    assert "mean" not in make_task(noise_dims=3, objective=ObjectiveConfig(kind="energy"))(
+        make_batch(), torch.Generator().manual_seed(1), Moment()
+    )
 
 
 def test_an_energy_score_needs_noise() -> None:

@@ -93,6 +93,43 @@ def test_other_steps_leave_the_scale_out_loudly(world):
         assert sampler.changed(steps=1).noise_scale is None
 
 
+def test_temperature_scales_all_noise_beside_the_calibrated_factors(noisy_world):
+    own = dataclasses.replace(noisy_world.spec.sampler, noise_scale=SCALE, temperature=0.5)
+    halved = NoiseScale(latents=(0.65, 0.4), proprio=(0.55,), model=(0.25, 1.0))
+    assert own.factors(2) == pytest.approx(halved.at(2))
+    got = noisy_world.rollout(noisy_world.test_state, noisy_world.test_actions[:4], sampler=own, decode=False)
+    torch.testing.assert_close(
+        got.latents_BTVChw, rolled(noisy_world, halved).latents_BTVChw, rtol=0, atol=1e-12
+    )
+    plain = dataclasses.replace(own, noise_scale=None, temperature=1.0)
+    assert not plain.scales_noise
+    assert plain.factors(7) == (1.0, 1.0, 1.0)
+
+
+def test_without_noise_there_is_one_future(noisy_world, prompt):
+    """Where the context has no noise either; with some, samples differ by that alone."""
+
+    def spread(**changes):
+        sampler = dataclasses.replace(noisy_world.spec.sampler, **changes)
+        state = noisy_world.reset(prompt(noisy_world), 3, seed=5, sampler=sampler)
+        rolled = noisy_world.rollout(state, noisy_world.test_actions[:3], sampler=sampler, decode=False)
+        return (rolled.latents_BTVChw - rolled.latents_BTVChw[:1]).abs().max().item()
+
+    assert spread(temperature=0.0, context_noise=0.0) < 1e-12
+    assert spread(temperature=0.0) > 1e-9, "negative control: the noise in the context"
+    assert spread(context_noise=0.0) > 1e-3, "negative control: the noise of the samples"
+
+
+def test_another_temperature_is_another_way_of_sampling(world):
+    sampler = dataclasses.replace(world.spec.sampler, noise_scale=SCALE)
+    assert sampler.changed(temperature=0.0).noise_scale is None
+    with pytest.warns(UserWarning, match="temperature 1, and are left out for"):
+        assert sampler.changed(temperature=0.7).noise_scale is None
+    for wrong in (-0.1, 2.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"sampler\.temperature"):
+            dataclasses.replace(sampler, temperature=wrong)
+
+
 def test_radii_follow_the_spread_and_hold_their_last_floor():
     radii = Radii("rad", 2.0, (0.3, 0.4))
     np.testing.assert_allclose(radii([0.4, 0.3, 0.0]), [1.0, 1.0, 0.8])

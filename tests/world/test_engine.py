@@ -42,6 +42,8 @@ CASES = {
     "sink": {"steps": 2, "sink": 2},
     "guided with a sink, one step": {"steps": 1, "guidance": 1.5, "sink": 1},
     "quiet context": {"steps": 1, "context_noise": 0.0},
+    "half the noise": {"steps": 1, "temperature": 0.5},
+    "no noise": {"steps": 1, "temperature": 0.0},
     "least window": {"steps": 2, "window": 2},
     "wide window": {"steps": 1, "window": 40},
 }

@@ -75,8 +75,11 @@ class Options:
     future: OracleConfig = field(default_factory=OracleConfig)
     steps: int | None = None
     """Denoising steps a frame, in place of the world's own."""
+    temperature: float | None = None
+    """Factor on the noise, in place of the world's own; 0 imagines the mean."""
     compare: tuple[str, ...] = ()
-    """Other samplers on the same episodes, METHOD.kSTEPS such as euler.k4: rows `sampler.<that>.*`."""
+    """Other samplers on the same episodes, METHOD.kSTEPS such as euler.k4, or with a temperature in percent
+    euler.k1.t50: rows `sampler.<that>.*`."""
     batch: int = 60
     """Rollouts side by side."""
     seed: int = 0
@@ -229,19 +232,19 @@ def read_cases(world: WorldModel, dataset: ShardDataset, kind: str, options: Opt
 
 
 def sampler(world: WorldModel, options: Options) -> SamplerConfig:
-    """The world's own, with other steps if asked."""
-    own = world.spec.sampler
-    return own if options.steps is None else dataclasses.replace(own, steps=options.steps)
+    """The world's own, with other steps and temperature if asked."""
+    return world.spec.sampler.changed(steps=options.steps, temperature=options.temperature)
 
 
 def other_sampler(own: SamplerConfig, text: str) -> SamplerConfig:
-    """The world's own with the method and steps of METHOD.kSTEPS; raises ConfigError."""
-    method, _, steps = text.partition(".k")
-    if method not in get_args(Method) or not steps.isdigit():
-        raise ConfigError(
-            "--compare", got=text, expected="METHOD.kSTEPS, METHOD of " + ", ".join(get_args(Method))
-        )
-    return dataclasses.replace(own, method=method, steps=int(steps), noise_scale=None)
+    """The world's own with method, steps and temperature of METHOD.kSTEPS[.tPERCENT]; raises ConfigError."""
+    method, _, numbers = text.partition(".k")
+    steps, _, percent = numbers.partition(".t")
+    if method not in get_args(Method) or not (steps.isdigit() and (percent or "0").isdigit()):
+        methods = ", ".join(get_args(Method))
+        raise ConfigError("--compare", got=text, expected=f"METHOD.kSTEPS[.tPERCENT], METHOD of {methods}")
+    heat = int(percent) / 100 if percent else own.temperature
+    return dataclasses.replace(own, method=method, steps=int(steps), temperature=heat, noise_scale=None)
 
 
 @torch.no_grad()

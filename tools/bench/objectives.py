@@ -187,7 +187,7 @@ class Bench:
             return self._run(folder / name, seed, ENERGY_SHARE, {"kind": "energy"}, init=trunk)
         if name == "regression_energy":
             trunk = self._run(folder / "means", seed, 1 - ENERGY_SHARE, MEANS)
-            histories = MEANS | {"kind": "energy", "resample_start": 0.0}
+            histories = MEANS | {"kind": "energy", "resample_start": 0.0, "energy": {"mean_weight": 2.0}}
             return self._run(folder / name, seed, ENERGY_SHARE, histories, init=trunk)
         if name == "regression":
             return self._run(folder / name, seed, 1.0, MEANS)
@@ -287,7 +287,7 @@ def forwards(config: ObjectiveConfig) -> float:
     """Operations of a step, mean over training, in forward passes over a context and one target stream."""
     imagined = config.resample_fraction * config.resample_passes * (1 - config.resample_start)
     if config.kind == "energy":
-        return 3 * (1 + config.energy.samples) / 2 + imagined
+        return 3 * (1 + config.energy.streams) / 2 + imagined
     if config.kind == "regression":
         return 3 + imagined
     return 3 + imagined + 2 * config.bootstrap_fraction * (1 - config.bootstrap_start)

@@ -26,6 +26,9 @@ class EnergyConfig:
     """Latents are scored in patches of this many pixels a side, all channels of a view together."""
     global_weight: float = 0.5
     """Weight of the score of whole frames, all views together, against the mean over patches."""
+    mean_weight: float = 0.0
+    """Weight of the squared error of one sample more, drawn from no noise at all: above 0 the world learns
+    the mean of a frame beside its spread, and `sampler.temperature` 0 imagines it."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range with ConfigError."""
@@ -33,12 +36,17 @@ class EnergyConfig:
             raise ConfigError("objective.energy.samples", got=self.samples, expected="2 or more")
         if not 0 <= self.fairness <= 1:
             raise ConfigError("objective.energy.fairness", got=self.fairness, expected="a share from 0 to 1")
-        if self.patch < 1 or self.global_weight < 0:
+        if self.patch < 1 or not min(self.global_weight, self.mean_weight) >= 0:
             raise ConfigError(
                 "objective.energy",
-                got=(self.patch, self.global_weight),
+                got=(self.patch, self.global_weight, self.mean_weight),
                 expected="a patch of 1 or more, no weight below 0",
             )
+
+    @property
+    def streams(self) -> int:
+        """Frames that are predicted of each: the samples, and last the mean where it is learnt."""
+        return self.samples + (self.mean_weight > 0)
 
 
 def energy_score(samples_MXD: Tensor, target_XD: Tensor, *, fairness: float = 1.0) -> Tensor:

@@ -212,17 +212,9 @@ def shortcut_loss(
         rows = slice(0, num_bootstrap)
         taught = bootstrap_target(predict_rows, z[rows], draws.level[rows], draws.step_BT[rows])
         target = Frames.cat([taught, clean[num_bootstrap:]], 0)
-    squared = predict(z, draws.level, draws.step_BT).map(_squared_error, target)
-    errors = squared.map(_mean_of_frame)
-    latents_BT, proprio_BT = errors.latents_BTVChw, errors.proprio_BTS
-    if used_B is not None:
-        latents_BT = latents_BT / used_B[:, None]
-    weighted_BT = latents_BT
-    if config.motion_weight:
-        moving_BTV1hw = motion_weights(clean, config.motion_weight, used_B)
-        weighted_BT = _mean_of_frame(squared.latents_BTVChw * moving_BTV1hw)
-        if used_B is not None:
-            weighted_BT = weighted_BT / used_B[:, None]
+    moving_BTV1hw = motion_weights(clean, config.motion_weight, used_B) if config.motion_weight else None
+    predicted = predict(z, draws.level, draws.step_BT)
+    latents_BT, weighted_BT, proprio_BT = _frame_errors(predicted, target, moving_BTV1hw, used_B)
     ramp_BT = 1.0 if config.kind == "regression" else config.ramp[0] * draws.level.signal + config.ramp[1]
     loss_BT = ramp_BT * (weighted_BT + config.proprio_weight * proprio_BT)
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
@@ -248,26 +240,34 @@ def energy_loss(
     """Energy score of one-step samples: tau = 0, d = 1, `config.energy.samples` samples of every frame.
 
     `noise` and what `predict` gives hold the M samples one after another along time [B, M * T], one target
-    stream a sample. Never couple them: no shared noise, no attention between samples. Weights as in
-    `shortcut_loss`. With `used_B` patches are averaged over those that are not padding, and whole frames have
-    their own number of dimensions. With `config.motion_weight` patches are weighted by the mean of
-    `motion_weights(clean)` in them, and the score of whole frames stays as it is.
+    stream a sample; with `config.energy.mean_weight` one stream more, for which there is no noise: of it the
+    loss is the squared error, as in `shortcut_loss`. Never couple them: no shared noise, no attention between
+    samples. Weights as in `shortcut_loss`. With `used_B` patches are averaged over those that are not
+    padding, and whole frames have their own number of dimensions. With `config.motion_weight` patches are
+    weighted by the mean of `motion_weights(clean)` in them, and the score of whole frames stays as it is.
 
-    Returns "loss", and for the log "latents" and "proprio" (their scores).
+    Returns "loss", and for the log "latents" and "proprio" (their scores), with a mean also "mean", its loss.
     """
     num_samples = config.energy.samples
     level = constant_level(noise, 0.0)
     predicted = predict(noise, level, torch.ones_like(level.signal))
-    samples_M = predicted.map(lambda tensor: tensor.unflatten(1, (num_samples, -1)).movedim(1, 0))
+    streams_M = predicted.map(lambda tensor: tensor.unflatten(1, (config.energy.streams, -1)).movedim(1, 0))
+    samples_M = streams_M[:num_samples]
     moving_BTV1hw = motion_weights(clean, config.motion_weight, used_B) if config.motion_weight else None
     latents_BT, proprio_BT = frame_energy_scores(samples_M, clean, config.energy, used_B, moving_BTV1hw)
     loss_BT = latents_BT + config.proprio_weight * proprio_BT
     weight_BT = torch.ones_like(loss_BT) if frame_weight_BT is None else frame_weight_BT.to(loss_BT)
-    return {
-        "loss": weighted_mean(loss_BT, weight_BT, denominator),
+    found = {
         "latents": weighted_mean(latents_BT, weight_BT).detach(),
         "proprio": weighted_mean(proprio_BT, weight_BT).detach(),
     }
+    if config.energy.mean_weight:
+        mean = streams_M[num_samples:].map(lambda tensor: tensor.squeeze(0))
+        _, weighted_BT, squared_BT = _frame_errors(mean, clean, moving_BTV1hw, used_B)
+        mean_BT = weighted_BT + config.proprio_weight * squared_BT
+        found["mean"] = weighted_mean(mean_BT, weight_BT).detach()
+        loss_BT = loss_BT + config.energy.mean_weight * mean_BT
+    return {"loss": weighted_mean(loss_BT, weight_BT, denominator), **found}
 
 
 def weighted_mean(value_BT: Tensor, weight_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
@@ -275,6 +275,20 @@ def weighted_mean(value_BT: Tensor, weight_BT: Tensor, denominator: Tensor | flo
     total = torch.where(weight_BT > 0, value_BT * weight_BT, 0.0).sum()
     count = weight_BT.sum() if denominator is None else torch.as_tensor(denominator).to(weight_BT)
     return total / torch.where(count > 0, count, 1.0)
+
+
+def _frame_errors(
+    predicted: Frames, target: Frames, weight_BTV1hw: Tensor | None, used_B: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squared errors of frames [B, T]: of latents, of latents by weight, and of proprioception."""
+    squared = predicted.map(_squared_error, target)
+    latents_BT, proprio_BT = _mean_of_frame(squared.latents_BTVChw), _mean_of_frame(squared.proprio_BTS)
+    weighted_BT = latents_BT
+    if weight_BTV1hw is not None:
+        weighted_BT = _mean_of_frame(squared.latents_BTVChw * weight_BTV1hw)
+    if used_B is not None:
+        latents_BT, weighted_BT = latents_BT / used_B[:, None], weighted_BT / used_B[:, None]
+    return latents_BT, weighted_BT, proprio_BT
 
 
 def _squared_error(predicted: Tensor, target: Tensor) -> Tensor:

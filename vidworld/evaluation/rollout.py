@@ -84,7 +84,9 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     warn_constant(asked[0].grounding.contract)
     for scene in asked:
         _require_truth(options, scene)
-    sampler = spec.sampler.changed(steps=options.steps, guidance=options.guidance)
+    sampler = spec.sampler.changed(
+        steps=options.steps, guidance=options.guidance, temperature=options.temperature
+    )
     appraiser = Appraiser.make(options, world, sampler)
     imagination = Imagination(
         world,

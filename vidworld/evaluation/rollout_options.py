@@ -64,6 +64,8 @@ class Options:
     """Denoising steps a frame, in place of the world's own."""
     guidance: float | None = None
     """Action guidance, in place of the world's own."""
+    temperature: float | None = None
+    """Factor on the noise that frames are drawn from, in place of the world's own: 0 is one future."""
     uncalibrated: bool = False
     """Leave out the run's calibration.json."""
     embodiment: str | None = None

@@ -56,6 +56,8 @@ class Settings:
     """Denoising steps a frame, in place of the world's own."""
     guidance: float | None = None
     """Action guidance, in place of the world's own."""
+    temperature: float | None = None
+    """Factor on the noise that frames are drawn from, in place of the world's own: 0 is one future."""
     seed: int = 0
     """Seed of the noise."""
     batch: int | None = None
@@ -99,7 +101,7 @@ class Settings:
 
     def sampler(self, own: SamplerConfig) -> SamplerConfig:
         """The world's sampler with these settings."""
-        return own.changed(steps=self.steps, guidance=self.guidance)
+        return own.changed(steps=self.steps, guidance=self.guidance, temperature=self.temperature)
 
 
 @dataclass(frozen=True)

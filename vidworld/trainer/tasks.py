@@ -145,7 +145,7 @@ class WorldTask(Task[CausalDiT]):
             raise ConfigError("model.noise_dims for objective 'energy'", got=0, expected="above 0")
         self.net, self.normalizer, self.objective = model, normalizer, objective
         self.action_dropout, self.clip_dropout = action_dropout, clip_dropout
-        self.num_targets = objective.energy.samples if objective.kind == "energy" else 1
+        self.num_targets = objective.energy.streams if objective.kind == "energy" else 1
         stride = model.shape.actions_per_frame
         self.tokens_per_frame = model.tokens_per_frame * (1 + self.num_targets) / stride
 
@@ -218,7 +218,9 @@ class WorldTask(Task[CausalDiT]):
             shape = (batch_size, self.num_targets * num_frames, noise_dims)
             noise_BTX = torch.zeros(shape, device=keep_BT.device)
             if self.objective.kind == "energy":
-                noise_BTX = _normal(shape, generator, keep_BT.device)
+                # The stream of the mean, which is the last, keeps its zeros.
+                sampled = self.objective.energy.samples * num_frames
+                noise_BTX[:, :sampled] = _normal(noise_BTX[:, :sampled].shape, generator, keep_BT.device)
         return replace(known, keep_BT=keep_BT, noise_BTX=noise_BTX)
 
     def history(
@@ -233,7 +235,8 @@ class WorldTask(Task[CausalDiT]):
         """What the context shows: the clean frames, or in the last rows from some frame on imagined ones.
 
         They are imagined by the weights as they are, one step a frame, with all actions known, seeing context
-        at the `level` and with the `noise` that the loss will see too.
+        at the `level` and with the `noise` that the loss will see too. Where the mean is learnt beside
+        samples, every other row imagines the mean.
         """
         config, (batch_size, num_frames) = self.objective, clean.proprio_BTS.shape[:2]
         count = resample_rows(config, batch_size, num_frames, moment.progress, moment.micro_batches)
@@ -242,12 +245,19 @@ class WorldTask(Task[CausalDiT]):
         rows = slice(batch_size - count, batch_size)
         known, noise, level = clean[rows], noise[rows], level[rows]
         conditioning = self.known_conditioning(batch)[rows]
+        sampled_B = None
         if noise_dims := self.net.config.noise_dims:
             shape = (count, num_frames, noise_dims)
             noise_BTX = torch.zeros(shape, device=conditioning.keep_BT.device)
             if config.kind == "energy":
                 noise_BTX = _normal(shape, generator, conditioning.keep_BT.device)
+                if config.energy.mean_weight:
+                    sampled_B = torch.arange(count, device=noise_BTX.device) % 2
+                    noise_BTX = noise_BTX * sampled_B[:, None, None]
             conditioning = replace(conditioning, noise_BTX=noise_BTX)
+        start = noise_like(known, generator=generator)
+        if sampled_B is not None:
+            start = start.map(lambda tensor: tensor * sampled_B.view(-1, *[1] * (tensor.ndim - 1)))
 
         def given(history: Frames) -> Predict:
             return target_predictor(self.net, mix(history, noise, level), level, conditioning)
@@ -255,7 +265,7 @@ class WorldTask(Task[CausalDiT]):
         imagined = imagined_history(
             given,
             known,
-            noise_like(known, generator=generator),
+            start,
             draw_starts(count, num_frames, generator=generator, device=known.proprio_BTS.device),
             passes=config.resample_passes,
             step=config.one_step,
@@ -282,8 +292,10 @@ class WorldTask(Task[CausalDiT]):
                 on_rows = partial(predict, rows=slice(0, num_bootstrap))
                 return shortcut_loss(predict, on_rows, clean, noise, draws, self.objective, used_B=used_B)
             case "energy":
-                tiled = Frames.cat([clean] * self.num_targets, 1)
+                tiled = Frames.cat([clean] * self.objective.energy.samples, 1)
                 noise = noise_like(tiled, generator=generator)
+                if self.objective.energy.mean_weight:
+                    noise = Frames.cat([noise, clean.map(torch.zeros_like)], 1)
                 return energy_loss(predict, clean, noise, self.objective, used_B=used_B)
             case other:
                 raise ConfigError("objective.kind", got=other, expected="shortcut, regression or energy")

@@ -42,8 +42,9 @@ def imagine(
     cache = cache.roll(sampler.window - 1, sampler.sink)
     start, context = stream.frames(model.shape, [frame], START, CONTEXT)
     of_model = 1.0
-    if sampler.noise_scale is not None:
-        start, of_model = sampler.noise_scale.start(start, lead), sampler.noise_scale.at(lead)[2]
+    if sampler.scales_noise:
+        latents, proprio, of_model = sampler.factors(lead)
+        start = Frames(start.latents_BTVChw * latents, start.proprio_BTS * proprio)
     predict = _predictor(model, cache, conditioning, frame, stream, sampler.guidance, of_model, noise_BX)
     clean = sample(predict, start, sampler)
     return clean, commit(model, cache, clean, conditioning, context, sampler)

@@ -82,7 +82,7 @@ class FrameLoop:
     def conditioning(self) -> Conditioning:
         """Of the frame now."""
         noise_BX = self.noise.parts[2]
-        if noise_BX is not None and self.sampler.noise_scale is not None:
+        if noise_BX is not None and self.sampler.scales_noise:
             noise_BX = noise_BX * self.noise_scale_3[2]
         return Conditioning(
             self.actions_B1kA,
@@ -126,14 +126,14 @@ class FrameLoop:
         self.noise.go_to(self.frame)
         self.net.begin()
         self.frame, self.lead = self.frame + 1, self.lead + 1
-        if self.sampler.noise_scale is not None:
-            factors = self.sampler.noise_scale.at(self.lead)
+        if self.sampler.scales_noise:
+            factors = self.sampler.factors(self.lead)
             self.noise_scale_3.copy_(torch.tensor(factors, dtype=self.noise_scale_3.dtype))
 
     def run(self, *, commits: bool, full: bool) -> None:
         """Denoise the frame begun; with `commits` the frame before is committed on the way."""
         start, context, _ = self.noise.parts
-        if self.sampler.noise_scale is not None:
+        if self.sampler.scales_noise:
             latents, proprio, _ = self.noise_scale_3
             start = Frames(start.latents_BTVChw * latents, start.proprio_BTS * proprio)
         conditioning = self.conditioning

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vidworld.errors import ConfigError
-from vidworld.types import Frames
 
 LEAST, MOST = 0.1, 10.0
 
@@ -40,11 +39,6 @@ class NoiseScale:
         """Factors of latents, proprioception and the model's noise at a lead, from 1."""
         assert lead >= 1
         return (_at(self.latents, lead), _at(self.proprio, lead), _at(self.model, lead))
-
-    def start(self, noise: Frames, lead: int) -> Frames:
-        """The noise of a frame at a lead, scaled."""
-        latents, proprio, _ = self.at(lead)
-        return Frames(noise.latents_BTVChw * latents, noise.proprio_BTS * proprio)
 
     def __str__(self) -> str:
         """The range of each series that does something."""

@@ -40,6 +40,9 @@ class SamplerSettings:
     """First frames that stay in sight when the window rolls on."""
     guidance: float = 0.0
     """Weight l of action guidance (1 + l) f_c - l f_u; 0 costs nothing and keeps the spread honest."""
+    temperature: float = field(default=1.0, metadata={"omit_default": True})
+    """Factor on all noise that frames are drawn from. At 0 there is one future, give or take the noise in the
+    context: of a world trained by energy scores with `mean_weight` the mean, in one step."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range with ConfigError."""
@@ -51,6 +54,8 @@ class SamplerSettings:
             raise ConfigError("sampler.sink", got=self.sink, expected="0 or more")
         if not self.guidance >= 0:
             raise ConfigError("sampler.guidance", got=self.guidance, expected="0 or more")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError("sampler.temperature", got=self.temperature, expected="from 0 to 2")
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,34 @@ class SamplerConfig(SamplerSettings):
                 "sampler.window", got=f"{self.window} with a sink of {self.sink}", expected="sink + 2 or more"
             )
 
-    def changed(self, *, steps: int | None = None, guidance: float | None = None) -> "SamplerConfig":
-        """With other denoising steps or guidance, where they are not None.
+    @property
+    def scales_noise(self) -> bool:
+        """Whether frames are drawn from anything but standard normal noise."""
+        return self.noise_scale is not None or self.temperature != 1
 
-        Noise scales were fitted to the old ones: they are left out, with a warning, where these differ.
+    def factors(self, lead: int) -> tuple[float, float, float]:
+        """On the noise of latents, of proprioception and of the network at a lead, counted from 1."""
+        latents, proprio, model = (1.0, 1.0, 1.0) if self.noise_scale is None else self.noise_scale.at(lead)
+        return latents * self.temperature, proprio * self.temperature, model * self.temperature
+
+    def changed(
+        self, *, steps: int | None = None, guidance: float | None = None, temperature: float | None = None
+    ) -> "SamplerConfig":
+        """With other denoising steps, guidance or temperature, where they are not None.
+
+        Noise scales were fitted to the old ones: they are left out where these differ, with a warning unless
+        the temperature is 0, where there is nothing to scale.
         """
-        given = {"steps": steps, "guidance": guidance}
+        given = {"steps": steps, "guidance": guidance, "temperature": temperature}
         new = replace(self, **{name: value for name, value in given.items() if value is not None})
         if self.noise_scale is None or new == self:
             return new
+        if new.temperature == 0:
+            return replace(new, noise_scale=None)
         warnings.warn(
-            f"not calibrated: noise scales were fitted to {self.steps} steps and guidance "
-            f"{self.guidance:g}, and are left out for {new.steps} and {new.guidance:g}",
+            f"not calibrated: noise scales were fitted to {self.steps} steps, guidance {self.guidance:g} and "
+            f"temperature {self.temperature:g}, and are left out for {new.steps}, {new.guidance:g} and "
+            f"{new.temperature:g}",
             stacklevel=2,
         )
         return replace(new, noise_scale=None)

@@ -156,7 +156,7 @@ def make_plan(options: PlanOptions) -> Plan:
 
 def subject_of(training: WorldTraining, shape: FrameShape) -> Subject:
     """What is trained, on GPUs whatever this machine has."""
-    targets = training.objective.energy.samples if training.objective.kind == "energy" else 1
+    targets = training.objective.energy.streams if training.objective.kind == "energy" else 1
     frames = num_latent_frames(training.loader.clip_frames, shape.actions_per_frame)
     return Subject(
         training.model,
