@@ -73,7 +73,8 @@ def main(arguments: Sequence[str], prog: str) -> None:
         (options.out / MARK).write_text(json.dumps(finished, indent=1) + "\n")
         return
     if options.data is None and is_here("lab"):
-        do("rollout", "lab", "--context", 16, "--frames", 40, "--samples", 2, "--out", options.out / "lab")
+        mean = ("--temperature", 0, "--samples", 1)
+        do("rollout", "lab", "--context", 16, "--frames", 40, *mean, "--out", options.out / "lab")
     data = _dataset(options)
     episode = _held_out(Manifest.read(data), options)
     _write_configs(options, data)

@@ -34,7 +34,8 @@ def tune(out: Path, minutes: float, do: Callable[..., None]) -> dict[str, Any]:
     `do` prints and runs a command of vidworld, given as its words.
     """
     spec = WorldSpec.read(find(NAME).directory)
-    do("rollout", NAME, "--samples", 2, "--frames", 24, "--out", out / "rollout")
+    mean = ("--temperature", 0, "--samples", 1)
+    do("rollout", NAME, *mean, "--frames", 24, "--out", out / "rollout")
     data = out / "data"
     look = ("--size", spec.width, "--variety", "one", "--exploration", 1, "--no-masks")
     do("lab", KIND, "--episodes", EPISODES, "--frames", EPISODE_FRAMES, *look, "--out", data)
@@ -42,8 +43,8 @@ def tune(out: Path, minutes: float, do: Callable[..., None]) -> dict[str, Any]:
     write_config(out / "world.yaml", data, minutes, spec)
     do("train", out / "world.yaml", "--out", out / "world")
     known = ("--context", CONTEXT, "--frames", FRAMES)
-    asked = ("--data", data, "--prompt", held_out, *known, "--samples", 1, "--allow-out-of-range")
-    windows = ("--samples", 1, "--episodes", 4, "--windows-per-episode", 1, "--overwrite")
+    asked = ("--data", data, "--prompt", held_out, *known, *mean, "--allow-out-of-range")
+    windows = (*mean, "--episodes", 4, "--windows-per-episode", 1, "--overwrite")
     summaries = {}
     for when, world in (("before", NAME), ("after", out / "world")):
         do("rollout", world, *asked, "--out", out / when)
@@ -70,7 +71,7 @@ def write_config(path: Path, data: Path, minutes: float, spec: WorldSpec) -> Non
         },
         "sampler": {"steps": 1} | {
             name: own[name] for name in ("method", "context_noise", "sink", "guidance")
-        },
+        } | {"temperature": 0.0},
         "loader": {
             "clip_frames": min(CLIP_FRAMES, spec.sampler.window), "batch_size": BATCH, "workers": 0,
         },

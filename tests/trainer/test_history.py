@@ -134,7 +134,7 @@ def test_the_imagined_frames_are_those_of_a_cached_rollout(
 
     # The draws of the task, in its order.
     generator = torch.Generator().manual_seed(5)
-    xi_BTX = torch.randn(2, T, 3, generator=generator) if kind == "energy" else torch.zeros(2, T, 3)
+    xi_BTX = torch.zeros(2, T, 3) if kind == "shortcut" else torch.randn(2, T, 3, generator=generator)
     start_noise = noise_like(clean[2:], generator=generator)
     if mean_weight:
         xi_BTX, start_noise = xi_BTX * HALF_B11, start_noise.map(lambda tensor: _times(tensor, HALF_B11))

@@ -197,6 +197,32 @@ def test_the_mean_is_predicted_without_noise() -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_regression_predicts_from_as_much_noise_as_its_rollouts(temperature: float) -> None:
+    """All of it scales, the network's own too; energy and shortcuts are trained on whole noise."""
+
+    def noises(heat: float, kind: Any) -> list[torch.Tensor]:
+        plain = make_task(noise_dims=3, objective=ObjectiveConfig(kind=kind, bootstrap_fraction=0.0))
+        task = WorldTask(plain.net, plain.normalizer, plain.objective, temperature=heat)
+        seen: list[torch.Tensor] = []
+
+        def watch(module: Any, given: Any) -> None:
+            frames, noise_BTX = given[0], given[3].noise_BTX
+            half = frames.num_frames // 2
+            seen.extend([frames.latents_BTVChw[:, half:], frames.proprio_BTS[:, half:], noise_BTX])
+
+        handle = task.net.register_forward_pre_hook(watch)
+        task(make_batch(), torch.Generator().manual_seed(1), Moment())
+        handle.remove()
+        return seen[:2] + [part[:, part.shape[1] // 2 :] for part in seen[2:]]
+
+    for scaled, whole in zip(noises(temperature, "regression"), noises(1.0, "regression"), strict=True):
+        assert whole.any()
+        torch.testing.assert_close(scaled, whole * temperature)
+    shortcut = zip(noises(temperature, "shortcut"), noises(1.0, "shortcut"), strict=True)
+    assert all(torch.equal(one, other) for one, other in shortcut), "negative control"
+
+
 def test_an_energy_score_needs_noise() -> None:
     with pytest.raises(ConfigError, match="noise_dims"):
         make_task(objective=ObjectiveConfig(kind="energy"))

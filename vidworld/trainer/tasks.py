@@ -129,7 +129,11 @@ class TokenizerTask(Task[ConvTokenizer]):
 
 
 class WorldTask(Task[CausalDiT]):
-    """Denoise target frames given noisy context frames and actions (two streams, see `model.two_stream`)."""
+    """Denoise target frames given noisy context frames and actions (two streams, see `model.two_stream`).
+
+    temperature: factor on the noise that `regression` predicts from, that of the sampler: what a rollout will
+    begin with is what is trained on.
+    """
 
     def __init__(
         self,
@@ -139,12 +143,14 @@ class WorldTask(Task[CausalDiT]):
         *,
         action_dropout: float = 0.1,
         clip_dropout: float = 0.05,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if objective.kind == "energy" and not model.config.noise_dims:
             raise ConfigError("model.noise_dims for objective 'energy'", got=0, expected="above 0")
         self.net, self.normalizer, self.objective = model, normalizer, objective
         self.action_dropout, self.clip_dropout = action_dropout, clip_dropout
+        self.temperature = temperature if objective.kind == "regression" else 1.0
         self.num_targets = objective.energy.streams if objective.kind == "energy" else 1
         stride = model.shape.actions_per_frame
         self.tokens_per_frame = model.tokens_per_frame * (1 + self.num_targets) / stride
@@ -217,6 +223,8 @@ class WorldTask(Task[CausalDiT]):
             batch_size, num_frames = keep_BT.shape
             shape = (batch_size, self.num_targets * num_frames, noise_dims)
             noise_BTX = torch.zeros(shape, device=keep_BT.device)
+            if self.objective.kind == "regression":
+                noise_BTX = _normal(shape, generator, keep_BT.device) * self.temperature
             if self.objective.kind == "energy":
                 # The stream of the mean, which is the last, keeps its zeros.
                 sampled = self.objective.energy.samples * num_frames
@@ -249,13 +257,13 @@ class WorldTask(Task[CausalDiT]):
         if noise_dims := self.net.config.noise_dims:
             shape = (count, num_frames, noise_dims)
             noise_BTX = torch.zeros(shape, device=conditioning.keep_BT.device)
-            if config.kind == "energy":
-                noise_BTX = _normal(shape, generator, conditioning.keep_BT.device)
-                if config.energy.mean_weight:
+            if config.kind != "shortcut":
+                noise_BTX = _normal(shape, generator, conditioning.keep_BT.device) * self.temperature
+                if config.kind == "energy" and config.energy.mean_weight:
                     sampled_B = torch.arange(count, device=noise_BTX.device) % 2
                     noise_BTX = noise_BTX * sampled_B[:, None, None]
             conditioning = replace(conditioning, noise_BTX=noise_BTX)
-        start = noise_like(known, generator=generator)
+        start = self._begun(noise_like(known, generator=generator))
         if sampled_B is not None:
             start = start.map(lambda tensor: tensor * sampled_B.view(-1, *[1] * (tensor.ndim - 1)))
 
@@ -284,7 +292,7 @@ class WorldTask(Task[CausalDiT]):
         predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
         match self.objective.kind:
             case "shortcut" | "regression":
-                noise = self.unpadded(noise_like(clean, generator=generator), batch)
+                noise = self.unpadded(self._begun(noise_like(clean, generator=generator)), batch)
                 num_bootstrap = bootstrap_rows(
                     self.objective, len(batch.ids), moment.progress, moment.micro_batches
                 )
@@ -299,6 +307,9 @@ class WorldTask(Task[CausalDiT]):
                 return energy_loss(predict, clean, noise, self.objective, used_B=used_B)
             case other:
                 raise ConfigError("objective.kind", got=other, expected="shortcut, regression or energy")
+
+    def _begun(self, noise: Frames) -> Frames:
+        return noise if self.temperature == 1 else noise.map(lambda tensor: tensor * self.temperature)
 
     def matrices(self) -> Sequence[nn.Parameter]:
         """The blocks' matrices."""

@@ -222,6 +222,7 @@ def _train_world(
         training.objective,
         action_dropout=training.action_dropout,
         clip_dropout=training.clip_dropout,
+        temperature=training.sampler.temperature,
     )
     trial = _Trial(training, task, run, log, heart)
     require_fusable(training.engine, trial.engine.device)

@@ -99,7 +99,7 @@ class Calibration:
 
     def fits(self, sampler: SamplerConfig) -> bool:
         """Whether it was made with this way of sampling."""
-        own = {"temperature": 1.0} | self.sampler
+        own = {"temperature": 1.0, **self.sampler}
         return all(own.get(name) == getattr(sampler, name) for name in SAMPLING)
 
     def write(self, directory: Path | str) -> Path:
