@@ -1,8 +1,8 @@
 """Worlds by name: the package's folder, unless one of that name lies here, and what comes with it."""
 
-import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +13,7 @@ from vidworld.evaluation.grounding import ground_episode
 from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.lab_truth import read_truth
 from vidworld.lab.effect import EFFECTS
-from vidworld.model.merge import with_fresh_parts
 from vidworld.world import shipped
-from vidworld.world.build import build, load_weights
-from vidworld.world.load import find
 from vidworld.world.shipped import FOLDER, prompts_of, resolve
 
 MOST_BYTES = 16 * 2**20
@@ -48,25 +45,40 @@ def test_what_comes_along_is_small_enough():
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
 
 
-def test_the_shipped_world_means_the_same_with_the_frame_before_as_an_input():
-    """Bit for bit: what its recipe goes on from."""
-    world = vidworld.load("lab", "cpu")
-    files = find("lab")
-    spec = dataclasses.replace(world.spec, model=dataclasses.replace(world.spec.model, previous_frame=True))
-    grown = build(spec, world.tokenizer).requires_grad_(False).eval()
-    with pytest.raises(CheckpointError, match=r"another architecture .* got 3 missing .*previous_"):
-        load_weights(grown.model, files.weights)
-    load_weights(grown.model, files.weights, adapt=lambda weights: with_fresh_parts(weights, grown.model))
+def prompt_of(world, kind, *, context, frames):
+    """An episode that comes along: what is known, and what happened."""
     prompts = prompts_of(FOLDER / "lab")
     assert prompts is not None
     dataset = ShardDataset.open(prompts)
-    key = dataset.manifest.samples("val")[0].key
-    grounding = ground_episode(dataset, key, world.spec, context=3, frames=2)
+    key = next(sample.key for sample in dataset.manifest.samples("val") if sample.key.startswith(kind))
+    grounding = ground_episode(dataset, key, world.spec, context=context, frames=frames)
     assert grounding.recording is not None
-    actions_TA = grounding.recording.actions_TA[:2]
-    rolled = [one.rollout(one.reset(grounding.prompt), actions_TA) for one in (world, grown)]
-    assert torch.equal(rolled[0].latents_BTVChw, rolled[1].latents_BTVChw)
-    assert torch.equal(rolled[0].proprio_BTS, rolled[1].proprio_BTS)
+    return grounding.prompt, grounding.recording
+
+
+def test_the_shipped_world_has_a_mean_beside_its_samples_and_radii():
+    world = vidworld.load("lab", "cpu")
+    assert world.calibration is not None
+    radii_T = world.calibration.radii("lab_arm_joint", "pixels")([0.05] * 8)
+    assert min(radii_T) > 0
+    prompt, recorded = prompt_of(world, "rigid", context=8, frames=8)
+
+    def rolled(temperature):
+        sampler = world.spec.sampler.changed(temperature=temperature)
+        state = world.reset(prompt, num_samples=3, seed=0, sampler=sampler)
+        actions_BTA = np.repeat(recorded.actions_TA[None, :8], 3, 0)
+        with torch.no_grad():
+            video_BTVHWC = world.rollout(state, actions_BTA, sampler=sampler).video_BTVHWC
+        assert video_BTVHWC is not None
+        return video_BTVHWC.numpy().astype(np.float64) / 255
+
+    truth = recorded.frames_TVHWC[:8].astype(np.float64) / 255
+    held = np.square(prompt.frames[-1].astype(np.float64).reshape(truth[0].shape) / 255 - truth).mean()
+    mean, samples = rolled(0.0), rolled(1.0)
+    error = {name: np.square(one - truth).mean() for name, one in (("mean", mean), ("sample", samples))}
+    assert error["mean"] < 0.7 * error["sample"]
+    assert error["mean"] < 0.2 * held
+    assert mean.var(0).mean() < 0.05 * samples.var(0).mean(), "one future, and many"
 
 
 def test_the_prompts_are_an_episode_of_each_kind_with_its_truth():
