@@ -123,6 +123,13 @@ def test_members_that_differ_disagree_and_copies_do_not(bench, worlds):
 
 def test_scores_do_not_depend_on_neighbours(bench, worlds):
     ood, windows = bench("uncertainty_ood"), windows_of(bench)
+    novel, few = ood.novel(Ensemble(worlds), at_once=2), windows_of(bench, 3)
+    assert set(novel) == {"surprise", "proprio", "known"}
+    assert set(ood.novel(worlds[0])) == {"surprise", "proprio"}
+    for name, score in novel.items():
+        alone = np.concatenate([ood.novel(Ensemble(worlds))[name]([one]) for one in few])
+        np.testing.assert_allclose(score(few), alone, rtol=1e-4)
+        assert (alone > 0).all()
     together = ood.flow_loss(worlds[0], frames=5, at_once=3)(windows)
     alone = np.concatenate([ood.flow_loss(worlds[0], frames=5)([one]) for one in windows])
     np.testing.assert_allclose(together, alone, rtol=1e-5)

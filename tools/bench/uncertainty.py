@@ -92,6 +92,8 @@ class Options:
     samples: int = 32
     e_samples: int = 8
     """Of each member, for E."""
+    ood_scores: tuple[str, ...] = ()
+    """Of the shifts; default: all, some of which roll out many futures."""
     rows: int = 256
     """Rollouts side by side."""
     truth: TruthConfig = field(default_factory=TruthConfig)
@@ -348,6 +350,7 @@ def measure_ood(bench: Bench) -> None:
     known = bench.windows(KIND, split="train", count=options.train_episodes)
     scores: dict[str, ood.Score] = {}
     first = bench.world
+    scores |= ood.novel(bench.ensemble or first)
     if bench.ensemble is not None:
         first = bench.ensemble.members[0]
         count = options.e_samples * bench.ensemble.num_members
@@ -357,6 +360,8 @@ def measure_ood(bench: Bench) -> None:
         print("no E: it takes two runs or more", flush=True)
     scores["flow"] = ood.flow_loss(first, frames=2 * options.truth.context)
     scores["nearest"] = ood.nearest(first, known)
+    if options.ood_scores:
+        scores = {name: score for name, score in scores.items() if name in options.ood_scores}
     rows, told = ood.rows_of(scores, ordinary, shifted, bench.add, bench.late("ood"))
     bench.keep("ood", (told, rows))
     figures.shifted(told, rows, options.figures / "uncertainty-ood.png")

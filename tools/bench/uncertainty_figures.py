@@ -18,7 +18,14 @@ from vidworld.plots import COLORS, FLOOR_COLOR, STYLE, to_png
 
 WORLD, TRUTH, UNIFORM = COLORS[0], "#334155", COLORS[1]
 SHOWN = ("box_y", "box_x", "box_tilt")
-SCORES = {"E": "members disagree (E)", "flow": "flow loss", "nearest": "nearest neighbour"}
+SCORES = {
+    "E": "members disagree (E)",
+    "flow": "flow loss",
+    "nearest": "nearest neighbour",
+    "known": "E, known frames",
+    "surprise": "surprise",
+    "proprio": "surprise, proprioception",
+}
 WORDS = {
     "box_x": "box, x (m)",
     "box_y": "box, y (m)",

@@ -10,7 +10,8 @@ Shifts, each of held-out episodes of the container, all of them within the known
 
 Scores: E of the ensemble (what its members disagree about beyond their samples' spread), the flow loss (how
 badly the known and next frames are denoised, given those before), and the distance to the nearest training
-episode in pooled latents. Shapes: W windows, J members, M samples, T frames, X latent values.
+episode in pooled latents. Of the known frames alone: how far the mean of each is from what came, and what
+members disagree about there. Shapes: W windows, J members, M samples, T frames, X latent values.
 """
 
 import concurrent.futures
@@ -35,6 +36,7 @@ from vidworld.model.two_stream import target_predictor
 from vidworld.tokenizers.base import chunk_actions
 from vidworld.types import Frames
 from vidworld.world.noise import CONTEXT, START, NoiseStream
+from vidworld.world.novelty import novelty
 from vidworld.world.uncertainty import split
 from vidworld.world.world import WorldModel
 
@@ -248,6 +250,30 @@ def parts_of(imaginer: Imaginer) -> dict[str, Score]:
         return kept[id(windows)][1]
 
     names = ("E", f"E{FIRST}", "A")
+    return {name: lambda windows, place=place: of(windows)[:, place] for place, name in enumerate(names)}
+
+
+def novel(world: WorldModel, at_once: int = 8) -> dict[str, Score]:
+    """Of the known frames alone, one step ahead from no noise: `surprise`, `proprio` (its own), `known` (E).
+
+    `known` needs an ensemble. See `vidworld.world.novelty`.
+    """
+    kept: dict[int, tuple[Sequence[Window], np.ndarray]] = {}
+
+    def of(windows: Sequence[Window]) -> np.ndarray:
+        if id(windows) not in kept:
+            found = []
+            for first in range(0, len(windows), at_once):
+                some = [window.prompt(world) for window in windows[first : first + at_once]]
+                one = novelty(world, some, allow_out_of_range=True)
+                parts = [one.surprise_PT, one.proprio_PT]
+                parts += [] if one.disagreement_PT is None else [one.disagreement_PT]
+                found.append(torch.stack([part.mean(1) for part in parts], 1).double().cpu().numpy())
+            kept[id(windows)] = (windows, np.concatenate(found))
+        return kept[id(windows)][1]
+
+    members = world.num_members > 1
+    names = ("surprise", "proprio", "known") if members else ("surprise", "proprio")
     return {name: lambda windows, place=place: of(windows)[:, place] for place, name in enumerate(names)}
 
 
