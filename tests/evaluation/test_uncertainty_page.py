@@ -17,7 +17,7 @@ def test_the_page_runs(untrained_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = PAGE.read_text().partition("## Calibration")[0]
     blocks = re.findall(r"```python\n(.*?)```", own, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
