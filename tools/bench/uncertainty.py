@@ -110,6 +110,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense."""
+        if unknown := set(self.ood_scores) - set(ood.NAMES):
+            raise ConfigError("--ood-scores", got=", ".join(sorted(unknown)), expected=", ".join(ood.NAMES))
         for name in (
             "episodes",
             "truth_episodes",

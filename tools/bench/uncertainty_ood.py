@@ -43,6 +43,8 @@ from vidworld.world.world import WorldModel
 if TYPE_CHECKING:
     from vidworld.lab.episode import LabEpisode
 
+NAMES = ("E", "E8", "A", "surprise", "proprio", "known", "flow", "nearest")
+"""Of the scores."""
 SHIFTS = ("colour", "force", "speed", "corrupted", "embodiment")
 CARTON, TAPE = (0.16, 0.55, 0.62), (0.85, 0.2, 0.65)
 PUSH_M_S2, PUSH_FRAMES = 3.0, (2, 5)

@@ -263,7 +263,7 @@ class WorldTask(Task[CausalDiT]):
                     sampled_B = torch.arange(count, device=noise_BTX.device) % 2
                     noise_BTX = noise_BTX * sampled_B[:, None, None]
             conditioning = replace(conditioning, noise_BTX=noise_BTX)
-        start = self._begun(noise_like(known, generator=generator))
+        start = self._scaled(noise_like(known, generator=generator))
         if sampled_B is not None:
             start = start.map(lambda tensor: tensor * sampled_B.view(-1, *[1] * (tensor.ndim - 1)))
 
@@ -292,7 +292,7 @@ class WorldTask(Task[CausalDiT]):
         predict = target_predictor(self.net, context, context_level, conditioning, self.num_targets)
         match self.objective.kind:
             case "shortcut" | "regression":
-                noise = self.unpadded(self._begun(noise_like(clean, generator=generator)), batch)
+                noise = self.unpadded(self._scaled(noise_like(clean, generator=generator)), batch)
                 num_bootstrap = bootstrap_rows(
                     self.objective, len(batch.ids), moment.progress, moment.micro_batches
                 )
@@ -308,7 +308,8 @@ class WorldTask(Task[CausalDiT]):
             case other:
                 raise ConfigError("objective.kind", got=other, expected="shortcut, regression or energy")
 
-    def _begun(self, noise: Frames) -> Frames:
+    def _scaled(self, noise: Frames) -> Frames:
+        """Noise of the temperature that is trained for."""
         return noise if self.temperature == 1 else noise.map(lambda tensor: tensor * self.temperature)
 
     def matrices(self) -> Sequence[nn.Parameter]:

@@ -57,7 +57,7 @@ def novelty(
     newest = slice(-world.spec.sampler.window, None)
     latents_PTVChw = latents_PTVChw[:, newest]
     has_proprio_P, has_actions_P1 = given.has_proprio_P.to(device), given.has_actions_P[:, None].to(device)
-    errors, means = [], []
+    means, squared = [], None
     for member in members:
         proprio_PTS = given.proprio_PTS[:, ::k][:, newest].to(device, member.dtype)
         clean = Frames(latents_PTVChw.to(member.dtype), member.normalizer.proprio(proprio_PTS, embodiment_P))
@@ -66,13 +66,15 @@ def novelty(
         conditioning = Conditioning(actions_PTkA, keep_PT & has_actions_P1, embodiment_P).frames(newest)
         expected = _expected(member, clean, conditioning, seed)
         means.append(expected.latents_BTVChw[:, 1:].float())
-        errors.append(expected.map(lambda one, true: (one - true)[:, 1:].float().square(), clean))
+        if squared is None:
+            squared = expected.map(lambda one, true: (one - true)[:, 1:].float().square(), clean)
+    assert squared is not None
     disagreement_PT = None
     if len(members) > 1:
         disagreement_PT = torch.stack(means).var(0).flatten(2).mean(-1)
-    proprio_PTS = errors[0].proprio_BTS * has_proprio_P[:, None, None]
+    proprio_PTS = squared.proprio_BTS * has_proprio_P[:, None, None]
     proprio_PT = proprio_PTS.mean(-1) if proprio_PTS.shape[-1] else proprio_PTS.sum(-1)
-    return Novelty(errors[0].latents_BTVChw.flatten(2).mean(-1), proprio_PT, disagreement_PT)
+    return Novelty(squared.latents_BTVChw.flatten(2).mean(-1), proprio_PT, disagreement_PT)
 
 
 def _expected(member: WorldModel, clean: Frames, conditioning: Conditioning, seed: int) -> Frames:
