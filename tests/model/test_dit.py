@@ -82,7 +82,7 @@ def test_an_untrained_model_predicts_the_mean(make_clip):
 
 
 def test_gradient_reaches_actions_noise_and_every_parameter(make_model, make_clip):
-    model, clip = make_model(noise_dims=3, previous_frame=True), make_clip(noise_dims=3)
+    model, clip = make_model(noise_dims=3, previous_frame=True, copy_gate=True), make_clip(noise_dims=3)
     model.requires_grad_(True)
     conditioning = clip.conditioning
     conditioning.actions_BTkA.requires_grad_()

@@ -19,7 +19,12 @@ def counted(function):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"noise_dims": 3}, {"noise_dims": 3, "modulation_rank": 8}, {"previous_frame": True}],
+    [
+        {},
+        {"noise_dims": 3},
+        {"noise_dims": 3, "modulation_rank": 8},
+        {"previous_frame": True, "copy_gate": True},
+    ],
 )
 def test_one_frame_counts_what_torch_counts(make_model, make_clip, settings):
     model = make_model(**settings)

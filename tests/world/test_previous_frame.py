@@ -1,11 +1,13 @@
 """Worlds that give a frame the one before it as an input: in rollouts exactly what training showed."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 
 from vidworld.diffusion.path import constant_level, mix
+from vidworld.model.dit import CLOSED
 from vidworld.model.inputs import Conditioning
 from vidworld.model.merge import PREVIOUS_FRAME, with_fresh_parts
 from vidworld.model.two_stream import target_predictor
@@ -20,9 +22,9 @@ EXACT = 1e-11
 FRAMES = 3
 
 
-@pytest.fixture(scope="module")
-def reader(new_world):
-    return new_world(previous_frame=True).double()
+@pytest.fixture(scope="module", params=[False, True], ids=["reads", "copies"])
+def reader(new_world, request):
+    return new_world(previous_frame=True, copy_gate=request.param).double()
 
 
 def apart(got, expected):
@@ -176,6 +178,23 @@ def test_gradients_pass_through_it(reader, prompt, actions):
             torch.testing.assert_close(slope, gradient_TA[index], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("way", ["world", "engine"])
+def test_an_open_gate_holds_the_last_frame(new_world, prompt, actions, way):
+    """But for rounding, for as long as it is open; half open it does not."""
+    world = new_world(previous_frame=True, copy_gate=True)
+    sampler = dataclasses.replace(world.spec.sampler, steps=1, context_noise=0.0)
+    state = world.reset(prompt(world), sampler=sampler)
+    held = []
+    for bias in (1e4, 0.0):
+        torch.nn.init.constant_(world.model.copy_head.bias, bias)
+        torch.nn.init.zeros_(world.model.copy_head.weight)
+        made = RolloutEngine(world, sampler=sampler) if way == "engine" else world
+        given = {} if way == "engine" else {"sampler": sampler}
+        rollout = made.rollout(state, actions(world, 7), **given)
+        held.append(apart(rollout.latents_BTVChw, state.newest.latents_BTVChw) < 1e-5)
+    assert held == [True, False]
+
+
 def test_weights_without_it_mean_what_they_meant(world, prompt, actions):
     """Bit for bit, in a world that has the input: its weights start at zero."""
     spec = dataclasses.replace(world.spec, model=dataclasses.replace(world.spec.model, previous_frame=True))
@@ -190,3 +209,22 @@ def test_weights_without_it_mean_what_they_meant(world, prompt, actions):
     got = grown.rollout(grown.reset(prompt(world), num_samples=2), given)
     assert torch.equal(got.latents_BTVChw, expected.latents_BTVChw)
     assert torch.equal(got.proprio_BTS, expected.proprio_BTS)
+
+
+def test_weights_without_the_gate_mean_nearly_what_they_meant(new_world, prompt, actions):
+    """It starts nearly closed: in one step a latent moves by 2 % of the way to the one before."""
+    world = new_world(previous_frame=True)
+    spec = dataclasses.replace(world.spec, model=dataclasses.replace(world.spec.model, copy_gate=True))
+    grown = build(spec, copy.deepcopy(world.tokenizer)).requires_grad_(False).eval().double()
+    world = world.double()
+    weights = with_fresh_parts(world.model.state_dict(), grown.model)
+    assert weights.keys() - world.model.state_dict().keys() == {"copy_head.weight", "copy_head.bias"}
+    grown.model.load_state_dict(weights)
+    quiet = dataclasses.replace(world.spec.sampler, steps=1, context_noise=0.0)
+    given = actions(world, 1)
+    state = world.reset(prompt(world), sampler=quiet)
+    painted = world.rollout(state, given, sampler=quiet).latents_BTVChw
+    mixed = grown.rollout(grown.reset(prompt(world), sampler=quiet), given, sampler=quiet).latents_BTVChw
+    share = torch.tensor(CLOSED, dtype=torch.float64).sigmoid()
+    assert 0.01 < share < 0.02
+    torch.testing.assert_close(mixed, torch.lerp(painted, state.newest.latents_BTVChw, share))

@@ -54,6 +54,11 @@ ARMS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "regression": ({}, {"kind": "regression"}),
     "regression_history": ({}, {"kind": "regression", **HISTORY}),
     "regression_history_previous": (PREVIOUS, {"kind": "regression", **HISTORY}),
+    "regression_history_copy": ({**PREVIOUS, "copy_gate": True}, {"kind": "regression", **HISTORY}),
+    "regression_history_clean_copy": (
+        {**PREVIOUS, "copy_gate": True},
+        {"kind": "regression", "context_noise": 0.0, **HISTORY},
+    ),
 }
 """What differs of the model and of the objective."""
 WORLD: dict[str, Any] = {

@@ -41,6 +41,9 @@ class DiTConfig:
     previous_frame: bool = field(default=False, metadata={"omit_default": True})
     """Whether the tokens of a frame are given the frame before, as the context shows it, besides attention:
     what rests is then easily copied. Weights from before start it at zero, and mean what they meant."""
+    copy_gate: bool = field(default=False, metadata={"omit_default": True})
+    """Whether each latent is a mix, by a gate of its own, of what the network paints and the same one of the
+    frame before (as in arXiv 1710.05268, sec. 3): what rests stays sharp. Needs `previous_frame`."""
 
     def __post_init__(self) -> None:
         counts = ("width", "depth", "num_heads", "num_kv_heads", "patch_size", "time_every")
@@ -64,6 +67,7 @@ class DiTConfig:
                     f"a divisor of num_heads = {self.num_heads}",
                 ),
                 "members": (self.members != 1, "0, or 2 and more"),
+                "copy_gate": (self.previous_frame or not self.copy_gate, "previous_frame with it"),
                 "depth": (self.depth >= self.time_every, f"at least time_every = {self.time_every}"),
             }
         )

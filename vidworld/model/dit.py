@@ -37,6 +37,9 @@ from vidworld.model.rope import Rotation, axial_rotation
 from vidworld.model.sequence import SequenceGroup, frames_of, gather_frames, to_all_frames, to_all_tokens
 from vidworld.types import Frames, SignalLevel
 
+CLOSED = -4.0
+"""Bias of a copy gate at first: it copies 2 %, so that weights from before nearly mean what they meant."""
+
 
 class Stream(NamedTuple):
     """A residual stream whose last branch is still to be added: x + gate y."""
@@ -156,6 +159,7 @@ class CausalDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
         self.patch_head = nn.Linear(width, shape.channels * config.patch_size**2)
+        self.copy_head = nn.Linear(width, self.patch_head.out_features) if config.copy_gate else None
         self.proprio_head = EmbodimentLinear(
             shape.num_embodiments, width, shape.proprio_dims, used_out=shape.embodiment_proprio_dims
         )
@@ -184,6 +188,9 @@ class CausalDiT(nn.Module):
         for head in (self.head_modulation, self.patch_head, self.proprio_head):
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
+        if self.copy_head is not None:
+            nn.init.zeros_(self.copy_head.weight)
+            nn.init.constant_(self.copy_head.bias, CLOSED)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -236,7 +243,8 @@ class CausalDiT(nn.Module):
             if new is not None:
                 committed.append(KeyValue(*(tensor[:, :, :, : streams.context] for tensor in new)))
 
-        prediction = self.predict(x_BTND, self.modulate_head_by(condition_BTD), conditioning.embodiment_B)
+        parts = self.modulate_head_by(condition_BTD)
+        prediction = self.predict(x_BTND, parts, conditioning.embodiment_B, previous)
         prediction = prediction.map(lambda output, like: output.to(like.dtype), frames)
         if (group := self.sequence) is not None:
             prediction = prediction.map(lambda output: gather_frames(output, group))
@@ -306,14 +314,31 @@ class CausalDiT(nn.Module):
         """Shift and scale [B, T, 1, D] of what the heads read."""
         return self.head_modulation(F.silu(condition_BTD))[:, :, None].chunk(2, dim=-1)
 
-    def predict(self, x_BTND: Tensor | Stream, parts: tuple[Tensor, ...], embodiment_B: Tensor) -> Frames:
-        """Clean frames read off the tokens."""
+    def predict(
+        self,
+        x_BTND: Tensor | Stream,
+        parts: tuple[Tensor, ...],
+        embodiment_B: Tensor,
+        previous: Frames | None,
+    ) -> Frames:
+        """Clean frames read off the tokens, and by the gate off the frames before them."""
         _, x_BTND = read(x_BTND, *parts, fused=isinstance(x_BTND, Stream))
         patches_BTMP = self.patch_head(x_BTND[:, :, : self.num_patches])
         proprio_BTS = self.proprio_head(x_BTND[:, :, self.num_patches], embodiment_B)
-        patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
-        frames = Frames(unpatchify(patches_BTVnP, self.shape, self.config.patch_size), proprio_BTS)
+        latents_BTVChw = self._unpatchified(patches_BTMP)
+        if self.copy_head is not None:
+            assert previous is not None
+            # In the precision of the frames: what rests is copied hundreds of times.
+            copied_BTVChw = previous.latents_BTVChw
+            gate_BTVChw = self._unpatchified(self.copy_head(x_BTND[:, :, : self.num_patches]))
+            gate_BTVChw = gate_BTVChw.to(copied_BTVChw).sigmoid()
+            latents_BTVChw = torch.lerp(latents_BTVChw.to(copied_BTVChw), copied_BTVChw, gate_BTVChw)
+        frames = Frames(latents_BTVChw, proprio_BTS)
         return self.unpadded(frames, embodiment_B)
+
+    def _unpatchified(self, patches_BTMP: Tensor) -> Tensor:
+        patches_BTVnP = patches_BTMP.unflatten(2, (self.shape.views, -1))
+        return unpatchify(patches_BTVnP, self.shape, self.config.patch_size)
 
 
 def read(

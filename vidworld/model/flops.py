@@ -22,6 +22,8 @@ def forward_flops(model: CausalDiT, streams: Streams) -> int:
     per_patch = model.token_embedding.patch.weight.numel() + model.patch_head.weight.numel()
     if model.token_embedding.previous_patch is not None:
         per_patch += model.token_embedding.previous_patch.weight.numel()
+    if model.copy_head is not None:
+        per_patch += model.copy_head.weight.numel()
     linear = 2 * frames * (tokens * per_token + model.num_patches * per_patch + _weights_per_frame(model))
 
     space_pairs = config.depth * frames * tokens**2

@@ -9,8 +9,8 @@ from vidworld.model.dit import CausalDiT
 from vidworld.model.members import MemberLinear
 from vidworld.quantize import MEMBER_CHANGES
 
-PREVIOUS_FRAME = "token_embedding.previous_"
-"""Weights that begin so read the frame before."""
+PREVIOUS_FRAME = ("token_embedding.previous_", "copy_head.")
+"""Weights that begin so read the frame before, or copy from it."""
 
 
 def merge_member(model: CausalDiT, member: int) -> CausalDiT:
@@ -34,7 +34,8 @@ def first_member(model: CausalDiT) -> CausalDiT:
 def with_fresh_parts(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tensor]:
     """Weights of a network without members or previous frame, with the fresh ones of a network that has some.
 
-    Those of the previous frame are zero, so that the network still computes what it did.
+    Those that read the previous frame are zero, and the gate that copies it is nearly closed, so that the
+    network still computes what it did, or within 2 % of it with the gate.
     """
     fresh = {
         name: weight

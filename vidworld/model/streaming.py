@@ -239,7 +239,7 @@ class StreamedDiT:
                 stream, *new = self._time_in(block, stream, parts[3:5], turns_Fd, self.kernels)
                 mixed = self._attend(self.slots[layer], New(*new), commits, first, full, backend)
             stream = self._out(block, stream, mixed, parts[5 if layer in self.slots else 3 :], self.kernels)
-        return self._predict(model, stream, parts_of[-1], embodiment_B, frames)
+        return self._predict(model, stream, parts_of[-1], embodiment_B, frames, previous)
 
     def _of_pass(self, whole_BQ1P: Tensor, rows: slice) -> Tensor:
         """The conditions of a pass; for kernels, with one stride over the frames of all samples."""
@@ -382,9 +382,10 @@ def _predict(
     parts: tuple[Tensor, ...],
     embodiment_B: Tensor,
     like: Frames,
+    previous: Frames | None,
 ) -> Frames:
     """Clean frames in the dtypes of `like`."""
-    prediction = model.predict(stream, parts, embodiment_B)
+    prediction = model.predict(stream, parts, embodiment_B, previous)
     return Frames(
         prediction.latents_BTVChw.to(like.latents_BTVChw.dtype),
         prediction.proprio_BTS.to(like.proprio_BTS.dtype),

@@ -96,7 +96,7 @@ class StepWork:
         return (3 + self.extra_forward) * self.forward_flops
 
 
-_OF_PATCHES = ("token_embedding.patch", "token_embedding.previous_patch", "patch_head")
+_OF_PATCHES = ("token_embedding.patch", "token_embedding.previous_patch", "patch_head", "copy_head")
 
 
 def step_work(
