@@ -166,6 +166,19 @@ def test_a_world_of_means_takes_one_step(
     settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 1})
 
 
+def test_a_gate_that_copies_wants_no_noise_in_the_context(
+    latents: Path, tokenizer_run: Path, settings: SimpleNamespace
+) -> None:
+    gate = {"previous_frame": True, "copy_gate": True}
+    quiet = {"context_noise": 0.0}
+    for objective, sampler in ((quiet, {}), ({}, quiet)):
+        with pytest.raises(ConfigError, match=r"with model.copy_gate.*: got .* expected 0 and 0"):
+            settings.world(latents, tokenizer_run, model=gate, objective=objective, sampler=sampler)
+    settings.world(latents, tokenizer_run, model=gate, objective=quiet, sampler=quiet)
+    with pytest.raises(ConfigError, match=r"'copy_gate' of the model.*: got True, expected previous_frame"):
+        settings.world(latents, tokenizer_run, model={"copy_gate": True}, objective=quiet, sampler=quiet)
+
+
 def test_a_world_begins_from_one_that_was_not_given_the_frame_before(
     latents: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path
 ) -> None:

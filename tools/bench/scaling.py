@@ -186,7 +186,7 @@ class Scaling:
     def equal(self, case: Case) -> None:
         """The first steps of most GPUs against one GPU that does their micro-batches one after the other."""
         steps, found = self.options.equal_steps, []
-        for ranks, changes in ((1, {"engine.accumulation": self.most}), (self.most, {})):
+        for ranks, changes in ((self.most, {}), (1, {"engine.accumulation": self.most})):
             lines = self._run(
                 *(case, f"{case.name}-equal-{ranks}", ranks, changes, 1),
                 lambda lines, _: len(lines) >= steps,
@@ -194,7 +194,8 @@ class Scaling:
             if lines is None:
                 return
             found.append(lines[:steps])
-        apart = differences(*found)
+        many, one = found
+        apart = differences(one, many)
         verdict = "equal" if apart[0] <= TOLERANCE else "NOT EQUAL"
         print(
             f"  {self.most} GPUs and one: {verdict}; loss and gradient norm differ by {apart[0]:.1e} in the "

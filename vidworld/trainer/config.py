@@ -165,6 +165,13 @@ class WorldTraining(DataChoice):
                 got=f"{sampler[0]}, {sampler[1]}",
                 expected="euler, 1: all that it learns",
             )
+        noise = (self.objective.context_noise, self.sampler.context_noise)
+        if self.model.copy_gate and any(noise):
+            raise ConfigError(
+                "objective.context_noise and sampler.context_noise with model.copy_gate",
+                got=f"{noise[0]:g} and {noise[1]:g}",
+                expected="0 and 0: noise would be copied with the frame that it is in",
+            )
         if self.objective.kind == "energy" and not self.model.noise_dims:
             raise ConfigError(
                 "objective.kind 'energy'",
