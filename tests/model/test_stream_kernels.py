@@ -92,7 +92,9 @@ def roll(net: StreamedDiT, versions: int, *, half: bool) -> list[torch.Tensor]:
         tokens = normal(batch, count, 1, width)
         full = net.clock.is_full(net.num_frames - 1 - int(commits))
         out = net(frames, tokens, embodiment_B, modulation, rows, commits=commits, first=first, full=full)
-        found.extend([out.latents_BTVChw, out.proprio_BTS])
+        assert out.num_frames == count - commits
+        if out.num_frames:
+            found.extend([out.latents_BTVChw, out.proprio_BTS])
 
     with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
         for frame in range(WINDOW + 2):
@@ -105,7 +107,7 @@ def roll(net: StreamedDiT, versions: int, *, half: bool) -> list[torch.Tensor]:
         # The newest frame in a pass of its own, as for a state.
         net.before.copy_(net.now)
         run(1, modulation, slice(0, 1), True, True)
-    return [*found, *(part for layer in net.ring().to_cache().layers for part in layer)]
+    return [*found, *(part for layer in net.cache().layers for part in layer)]
 
 
 def streamed(model: CausalDiT, kernels: tuple[str, ...], sink: int, dtype: torch.dtype) -> StreamedDiT:

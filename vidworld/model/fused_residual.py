@@ -26,12 +26,20 @@ FULL_GPU = 528
 
 
 @triton.jit
+def _rounded_to_fp8(row):
+    """Rows as they are stored in e4m3, and their scales: as in `fp8.quantise`."""
+    peak = tl.maximum(tl.max(tl.abs(row), 1)[:, None], 1e-12)
+    return tl.minimum(tl.maximum(row * (448.0 / peak), -448.0), 448.0), peak * (1 / 448.0)
+
+
+@triton.jit
 def _forward_kernel(
     x, y, gate, shift, scale, out, h, factors,
     x_batch, x_frame, x_token, y_batch, y_frame, y_token, h_batch, h_frame, h_token,
     gate_batch, gate_frame, shift_batch, shift_frame, scale_batch, scale_frame,
     num_frames, num_tokens, chunks, width,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     frame = (tl.program_id(0) // chunks).to(tl.int64)
     begin = (tl.program_id(0) % chunks) * CHUNK
@@ -56,10 +64,13 @@ def _forward_kernel(
         tl.store(out + row * width + column, wide, mask=mask)
         wide = wide.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1)[:, None] / width + EPS)
+        read = wide * factor * scales + shifts
+        if FP8:
+            read, factor = _rounded_to_fp8(read)
         tl.store(factors + row, factor, mask=live)
         tl.store(
             h + batch * h_batch + time * h_frame + token * h_token + column,
-            wide * factor * scales + shifts,
+            read.to(h.dtype.element_ty),
             mask=mask,
         )
 
@@ -184,7 +195,7 @@ def add_modulate(
     wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
         x_BTND, y_BTND, gate, shift, scale, out, memory, factors,
         *x_BTND.stride()[:3], *y_BTND.stride()[:3], *h_strides, *of_gate, *of_shift, *of_scale,
-        frames, tokens, chunks, width, **tile, EPS=EPS,
+        frames, tokens, chunks, width, **tile, EPS=EPS, FP8=False,
     )  # fmt: skip
     return out, h, factors
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vidworld.errors import ConfigError
 from vidworld.model.compile import MAX_GRAPHS
+from vidworld.model.fp8 import use_fp8, why_not
 from vidworld.model.streaming import StreamKernels
 from vidworld.types import Frames
 from vidworld.world.capture import captured
@@ -47,7 +48,10 @@ class RolloutEngine:
     with it, and others are slower. Under autocast the engine holds half-precision copies of the weights: make
     another engine when they change. residual: what the stream between blocks is kept in under autocast, by
     default as in training; "autocast" halves what large batches move and rounds what each block adds.
-    kernels: names of `vidworld.model.streaming.StreamKernels`, to run where they can (on CUDA).
+    kernels: names of `vidworld.model.streaming.StreamKernels`, to run where they can (on CUDA). products:
+    "fp8" computes the large matrix products under autocast in 8-bit floats (`vidworld.model.fp8`): faster at
+    large batches on an H100, best with all kernels, and less exact, so look at what it does to your world;
+    where it does not run, it warns and leaves them in bfloat16.
 
         engine = RolloutEngine(world)
         rollout = engine.rollout(state, actions)      # values in, values out
@@ -67,7 +71,10 @@ class RolloutEngine:
         half: bool | None = None,
         residual: Literal["float32", "autocast"] | None = None,
         kernels: Collection[str] = (),
+        products: Literal["autocast", "fp8"] = "autocast",
     ) -> None:
+        if products not in ("autocast", "fp8"):
+            raise ConfigError("products of the engine", got=products, expected="autocast | fp8")
         if unknown := set(kernels) - set(StreamKernels._fields):
             raise ConfigError(
                 "kernels of the engine", got=sorted(unknown), expected=" | ".join(StreamKernels._fields)
@@ -85,6 +92,12 @@ class RolloutEngine:
         if residual is not None and self._half:
             for model in self._models:  # copies
                 model.config = dataclasses.replace(model.config, residual=residual)
+        if products == "fp8":
+            reason = why_not(world.device) if self._half else "bfloat16 autocast is off"
+            if reason is None:
+                self._models = [use_fp8(model) for model in self._models]
+            else:
+                warnings.warn(f"matrix products are not in fp8: {reason}", stacklevel=2)
         tokenizer = world.tokenizer
         if self._half and isinstance(tokenizer, nn.Module):
             tokenizer = _halved(tokenizer)

@@ -16,7 +16,7 @@ from vidworld.diffusion.path import constant_level, mix
 from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
-from vidworld.model.ring import Clock, RingCache
+from vidworld.model.ring import Clock
 from vidworld.model.streaming import StreamedDiT
 from vidworld.model.two_stream import CONTEXT_STEP
 from vidworld.types import Frames, SignalLevel
@@ -103,11 +103,11 @@ class FrameLoop:
     def cache(self) -> KVCache:
         """A copy of the committed frames."""
         newest = self.noisy.map(torch.clone) if self.model.config.previous_frame else None
-        return replace(self.net.ring().to_cache(), newest=newest)
+        return replace(self.net.cache(), newest=newest)
 
     def load(self, state: WorldState) -> None:
         """Go on where a state stands."""
-        self.net.load(RingCache.from_cache(state.cache, self.clock))
+        self.net.load(state.cache)
         self.noise.load(state.seed, state.sample_ids_B)
         self.embodiment_B.copy_(state.embodiment_B)
         self.clean.map(lambda own, new: own.copy_(new), state.newest)
@@ -165,7 +165,6 @@ class FrameLoop:
                 full=full,
             )
             index += 1
-            found = found[:, int(before) :]
             if len(versions) == 1:
                 return found
             scale = self.sampler.guidance
