@@ -136,7 +136,7 @@ def forward_tile(frames: int, tokens: int, width: int) -> dict[str, int]:
     """
     tile = _tile(width)
     if frames * triton.cdiv(tokens, CHUNK) >= FULL_GPU:
-        return tile | {"num_warps": 4}
+        return tile
     rows = max(1, TILE // 2 // tile["COLUMNS"])
     return tile | {"CHUNK": rows, "ROWS": rows, "num_warps": 4}
 

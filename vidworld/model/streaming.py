@@ -183,8 +183,6 @@ class StreamedDiT:
         """
         model = self.model
         x_BFND = self._embed(model, frames, actions_BFkD, embodiment_B, previous)
-        if model.config.residual == "autocast":
-            x_BFND = x_BFND.to(compute_dtype(x_BFND))
         space = model.space_axis(self.in_space, x_BFND, embodiment_B)
         backend = resolve_backend(model.config.attention, self.device, compute_dtype(x_BFND), 0)
         backend = "sdpa" if not full or backend == "flex" else backend
@@ -275,7 +273,8 @@ def _turn(rotated: Tensor, key: Tensor, rotation: Rotation) -> None:
 def _embed(
     model: CausalDiT, frames: Frames, actions_BFkD: Tensor, embodiment_B: Tensor, previous: Frames | None
 ) -> Tensor:
-    return model.embed(frames, actions_BFkD, embodiment_B, previous)
+    x_BFND = model.embed(frames, actions_BFkD, embodiment_B, previous)
+    return x_BFND.to(compute_dtype(x_BFND)) if model.config.residual == "autocast" else x_BFND
 
 
 def _predict(

@@ -103,7 +103,7 @@ class RolloutEngine:
             tokenizer = _halved(tokenizer)
         self._codec = Codec(tokenizer, world.spec, world.dtype, self._precision)
         self._loop: FrameLoop | MemberLoops | None = None
-        self._runs: dict[tuple[bool, bool], Callable[[], None]] = {}
+        self._runs: dict[tuple[bool, bool, bool], Callable[[], None]] = {}
         self._look: Callable[[], None] | None = None
         self._given: WorldState | None = None
         """What was loaded: its samples are those of the loop."""
@@ -136,8 +136,8 @@ class RolloutEngine:
         loop, given = self._running(), self._given
         assert given is not None
         if loop.uncommitted:
-            with self._precision():
-                loop.commit()
+            self._run(loop, ends=True)
+            loop.uncommitted = False
         self._current = dataclasses.replace(
             given,
             cache=loop.cache(),
@@ -241,10 +241,7 @@ class RolloutEngine:
         loop = self._running()
         loop.actions_B1kA.copy_(actions_B1kA)
         loop.begin()
-        variant = (loop.uncommitted, loop.is_full)
-        if variant not in self._runs:
-            self._runs[variant] = self._runner(loop, *variant)
-        self._runs[variant]()
+        self._run(loop, ends=False)
         loop.uncommitted = True
         self._current = None
         newest = loop.clean.map(torch.clone)
@@ -252,10 +249,22 @@ class RolloutEngine:
             self._coding = self._coding.imagined(newest.latents_BTVChw)
         return newest
 
-    def _runner(self, loop: FrameLoop | MemberLoops, commits: bool, full: bool) -> Callable[[], None]:
+    def _run(self, loop: FrameLoop | MemberLoops, *, ends: bool) -> None:
+        """The frame begun, or if a rollout `ends` the commit of its newest one."""
+        variant = (ends, loop.uncommitted, loop.is_full)
+        if variant not in self._runs:
+            self._runs[variant] = self._runner(loop, *variant)
+        self._runs[variant]()
+
+    def _runner(
+        self, loop: FrameLoop | MemberLoops, ends: bool, commits: bool, full: bool
+    ) -> Callable[[], None]:
         def run() -> None:
             with self._precision():
-                loop.run(commits=commits, full=full)
+                if ends:
+                    loop.commit(full=full)
+                else:
+                    loop.run(commits=commits, full=full)
 
         if not self._graphs:
             return run

@@ -180,9 +180,8 @@ class FrameLoop:
         self.tokens_B1kD.copy_(tokens_B1kD)
         self.condition_B1D.copy_(condition_B1D)
 
-    def commit(self) -> None:
+    def commit(self, *, full: bool) -> None:
         """Commit the newest frame in a pass of its own, for a state to be taken."""
-        assert self.uncommitted
         self.net.before.copy_(self.net.now)
         self.net(
             self.noisy,
@@ -193,9 +192,8 @@ class FrameLoop:
             self._previous([self.older]),
             commits=True,
             first=True,
-            full=self.clock.is_full(self.net.num_frames - 1),
+            full=full,
         )
-        self.uncommitted = False
 
     def _previous(self, frames: list[Frames]) -> Frames | None:
         """What the network is given of the frames before those of a pass."""
