@@ -19,7 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from vidworld.model.stream_kernels import frame_attention  # noqa: E402
+from vidworld.model import stream_kernels  # noqa: E402
+from vidworld.model.stream_kernels import FrameTiles, RingTiles, frame_attention  # noqa: E402
 
 SHAPE = FrameShape(views=1, channels=4, height=2, width=2, proprio_dims=3, action_dims=2)
 WINDOW = 3
@@ -41,6 +42,19 @@ def make_model(**settings: object) -> CausalDiT:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_in_a_frame(length: int, groups: int, dtype: torch.dtype) -> None:
     """Few keys and many; queries that do and do not fill their tiles."""
+    attend_in_a_frame(length, groups, dtype)
+
+
+@pytest.mark.parametrize("tiles", [(64, 1, 64, 4), (16, 2, 32, 4), (32, 3, 128, 8), (32, 1, 16, 4)])
+def test_attention_in_a_frame_however_it_is_cut(
+    tiles: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tile of queries a program or several; one block of keys or several, with a smaller one or not."""
+    monkeypatch.setattr(stream_kernels, "frame_tiles", lambda *_: FrameTiles(*tiles))
+    attend_in_a_frame(70, 2, torch.float32)
+
+
+def attend_in_a_frame(length: int, groups: int, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     heads, kv_heads, dims = 2 * groups, 2, 32
     qkv = torch.randn(2, length, (heads + 2 * kv_heads) * dims, device=DEVICE).to(dtype)
@@ -78,7 +92,9 @@ def roll(net: StreamedDiT, versions: int, *, half: bool) -> list[torch.Tensor]:
         tokens = normal(batch, count, 1, width)
         full = net.clock.is_full(net.num_frames - 1 - int(commits))
         out = net(frames, tokens, embodiment_B, modulation, rows, commits=commits, first=first, full=full)
-        found.extend([out.latents_BTVChw, out.proprio_BTS])
+        assert out.num_frames == count - commits
+        if out.num_frames:
+            found.extend([out.latents_BTVChw, out.proprio_BTS])
 
     with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
         for frame in range(WINDOW + 2):
@@ -91,7 +107,7 @@ def roll(net: StreamedDiT, versions: int, *, half: bool) -> list[torch.Tensor]:
         # The newest frame in a pass of its own, as for a state.
         net.before.copy_(net.now)
         run(1, modulation, slice(0, 1), True, True)
-    return [*found, *(part for layer in net.ring().to_cache().layers for part in layer)]
+    return [*found, *(part for layer in net.cache().layers for part in layer)]
 
 
 def streamed(model: CausalDiT, kernels: tuple[str, ...], sink: int, dtype: torch.dtype) -> StreamedDiT:
@@ -115,6 +131,14 @@ def test_a_rollout_is_that_of_the_plain_code(kernels: tuple[str, ...], sink: int
     assert worst(roll(fast, versions, half=False), want) < 1e-5
     other = roll(streamed(model, (), 1 - sink, torch.float32), versions, half=False)
     assert worst(other[:-2], want[:-2]) > 1e-3, "the sink counts"
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 16])
+def test_a_rollout_however_many_tokens_look_at_once(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are, too."""
+    want = roll(streamed(make_model(), (), 0, torch.float32), 1, half=False)
+    monkeypatch.setattr(stream_kernels, "ring_tiles", lambda *_: RingTiles(sequences, 4))
+    assert worst(roll(streamed(make_model(), ("time",), 0, torch.float32), 1, half=False), want) < 1e-5
 
 
 @pytest.mark.parametrize("residual", ["float32", "autocast"])

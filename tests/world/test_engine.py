@@ -97,6 +97,18 @@ def test_kernels_that_cannot_run_here_change_nothing(world, prompt, actions, mon
         RolloutEngine(world, kernels=("speed",))
 
 
+def test_fp8_products_that_cannot_run_here_change_nothing_and_say_so(world, prompt, actions):
+    state, given = world.reset(prompt(world, 3)), actions(world, 2)
+    with pytest.warns(UserWarning, match="not in fp8: bfloat16 autocast is off"):
+        engine = RolloutEngine(world, products="fp8")
+    assert worst(engine.rollout(state, given), RolloutEngine(world).rollout(state, given)) == 0
+    with pytest.warns(UserWarning, match="not in fp8: the device is cpu"):
+        engine = RolloutEngine(world, products="fp8", half=True)
+    assert worst(engine.rollout(state, given), RolloutEngine(world, half=True).rollout(state, given)) == 0
+    with pytest.raises(ConfigError, match=r"products of the engine.*int4.*autocast \| fp8"):
+        RolloutEngine(world, products="int4")
+
+
 def test_several_robots_views_and_padding(new_world, contract, prompt):
     """Two embodiments of other widths side by side, two views."""
     robots = (contract("arm", 3, 4), contract("hand", 2, 5))
@@ -157,9 +169,9 @@ def test_k_steps_take_k_passes(new_world, prompt, actions, monkeypatch):
     """The point of committing on the way; the plain world takes K + 1."""
     world = new_world()
     passes = []
-    predict = type(world.model).predict
+    embed = type(world.model).embed
     monkeypatch.setattr(
-        type(world.model), "predict", lambda self, *given: passes.append(0) or predict(self, *given)
+        type(world.model), "embed", lambda self, *given: passes.append(0) or embed(self, *given)
     )
     state, given = world.reset(prompt(world, 6)), actions(world, 10)
     chosen = sampler(world, steps=2)

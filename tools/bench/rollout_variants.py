@@ -23,17 +23,21 @@ Variant = Literal[
     "kernels",
     "fused",
     "autotune",
+    "fp8",
+    "fp8-kernels",
 ]
 """`lean` is `compiled` with the stream between blocks in half precision. All that follow are lean as well:
 `flash` without cuDNN's attention, `space`, `time` and `blocks` with those Triton kernels alone (`blocks`: MLP
 and residual stream), `fused` with all of them, `kernels` with all and without the compiler,
-`autotune` with all and with tuned matrix products."""
+`autotune` with all and with tuned matrix products. `fp8` is `fused` and `fp8-kernels` is `kernels`, both with
+the large matrix products in 8-bit floats."""
 KERNELS: dict[Variant, tuple[str, ...]] = {
     "space": ("space",),
     "time": ("time",),
     "blocks": ("mlp", "residual"),
     "fused": StreamKernels._fields,
     "autotune": StreamKernels._fields,
+    "fp8": StreamKernels._fields,
 }
 
 
@@ -70,13 +74,21 @@ def runner(variant: Variant, world: WorldModel, sampler: SamplerConfig) -> "Roll
             return RolloutEngine(world, sampler=sampler, half=True)
         case "compiled":
             return RolloutEngine(world, sampler=sampler, compile=True)
-        case "kernels":
-            names = StreamKernels._fields
-            return RolloutEngine(world, sampler=sampler, residual="autocast", kernels=names)
+        case "kernels" | "fp8-kernels":
+            names, products = StreamKernels._fields, "fp8" if variant == "fp8-kernels" else "autocast"
+            return RolloutEngine(
+                world, sampler=sampler, residual="autocast", kernels=names, products=products
+            )
         case "autotune":
             return RolloutEngine(
                 world, sampler=sampler, compile="autotune", residual="autocast", kernels=KERNELS[variant]
             )
         case _:
-            kernels = KERNELS.get(variant, ())
-            return RolloutEngine(world, sampler=sampler, compile=True, residual="autocast", kernels=kernels)
+            return RolloutEngine(
+                world,
+                sampler=sampler,
+                compile=True,
+                residual="autocast",
+                kernels=KERNELS.get(variant, ()),
+                products="fp8" if variant == "fp8" else "autocast",
+            )

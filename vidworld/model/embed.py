@@ -52,11 +52,17 @@ class EmbodimentLinear(nn.Module):
     def forward(self, x_BYI: Tensor, embodiment_B: Tensor) -> Tensor:
         """[B, Y, I] to [B, Y, O], any Y."""
         wide = torch.promote_types(self.weight_EIO.dtype, torch.float32)
-        x_BYI = x_BYI.where(self.valid_in_EI[embodiment_B][:, None], 0).to(wide)
-        weight_BIO, bias_BO = self.weight_EIO[embodiment_B].to(wide), self.bias_EO[embodiment_B].to(wide)
+        parts = (self.valid_in_EI, self.weight_EIO, self.bias_EO, self.valid_out_EO)
+        if len(self.weight_EIO) == 1 and not torch.is_grad_enabled():  # nothing to gather
+            valid_in_BI, weight_BIO, bias_BO, valid_out_BO = (
+                part.expand(len(embodiment_B), *part.shape[1:]) for part in parts
+            )
+        else:
+            valid_in_BI, weight_BIO, bias_BO, valid_out_BO = (part[embodiment_B] for part in parts)
+        x_BYI = x_BYI.where(valid_in_BI[:, None], 0).to(wide)
         with torch.autocast(x_BYI.device.type, enabled=False):
-            x_BYO = torch.baddbmm(bias_BO[:, None], x_BYI, weight_BIO)
-        return x_BYO.where(self.valid_out_EO[embodiment_B][:, None], 0)
+            x_BYO = torch.baddbmm(bias_BO.to(wide)[:, None], x_BYI, weight_BIO.to(wide))
+        return x_BYO.where(valid_out_BO[:, None], 0)
 
 
 class ActionEmbedding(nn.Module):

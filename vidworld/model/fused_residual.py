@@ -21,39 +21,56 @@ CHUNK = 36
 """Tokens that a program takes at most, one small tile after another."""
 TILE = 2048
 """Numbers in a tile."""
+FULL_GPU = 528
+"""Programs of the forward pass, four for each multiprocessor of an H100; with fewer, chunks are cut finer."""
+
+
+@triton.jit
+def _rounded_to_fp8(row):
+    """Rows as they are stored in e4m3, and their scales: as in `fp8.quantise`."""
+    peak = tl.maximum(tl.max(tl.abs(row), 1)[:, None], 1e-12)
+    return tl.minimum(tl.maximum(row * (448.0 / peak), -448.0), 448.0), peak * (1 / 448.0)
 
 
 @triton.jit
 def _forward_kernel(
     x, y, gate, shift, scale, out, h, factors,
-    y_batch, y_frame, y_token, h_batch, h_frame, h_token, gate_row, shift_row, scale_row,
+    x_batch, x_frame, x_token, y_batch, y_frame, y_token, h_batch, h_frame, h_token,
+    gate_batch, gate_frame, shift_batch, shift_frame, scale_batch, scale_frame,
     num_frames, num_tokens, chunks, width,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     frame = (tl.program_id(0) // chunks).to(tl.int64)
     begin = (tl.program_id(0) % chunks) * CHUNK
     batch, time = frame // num_frames, frame % num_frames
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
-    gates = tl.load(gate + frame * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-    shifts = tl.load(shift + frame * shift_row + column, mask=inside, other=0.0).to(tl.float32)
-    scales = 1 + tl.load(scale + frame * scale_row + column, mask=inside, other=0.0).to(tl.float32)
+    of_gate, of_shift = batch * gate_batch + time * gate_frame, batch * shift_batch + time * shift_frame
+    of_scale = batch * scale_batch + time * scale_frame
+    gates = tl.load(gate + of_gate + column, mask=inside, other=0.0).to(tl.float32)
+    shifts = tl.load(shift + of_shift + column, mask=inside, other=0.0).to(tl.float32)
+    scales = 1 + tl.load(scale + of_scale + column, mask=inside, other=0.0).to(tl.float32)
     for start in range(0, CHUNK, ROWS):
         token = begin + start + tl.arange(0, ROWS)[:, None]
         live = (token < num_tokens) & (start + tl.arange(0, ROWS)[:, None] < CHUNK)
         mask = live & inside
         row = frame * num_tokens + token
         added = tl.load(y + batch * y_batch + time * y_frame + token * y_token + column, mask=mask, other=0.0)
-        wide = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        wide = tl.load(x + batch * x_batch + time * x_frame + token * x_token + column, mask=mask, other=0.0)
+        wide = wide.to(tl.float32)
         # What the norm sees is what the stream holds.
         wide = (wide + gates * added.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + row * width + column, wide, mask=mask)
         wide = wide.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1)[:, None] / width + EPS)
+        read = wide * factor * scales + shifts
+        if FP8:
+            read, factor = _rounded_to_fp8(read)
         tl.store(factors + row, factor, mask=live)
         tl.store(
             h + batch * h_batch + time * h_frame + token * h_token + column,
-            wide * factor * scales + shifts,
+            read.to(h.dtype.element_ty),
             mask=mask,
         )
 
@@ -112,12 +129,30 @@ def _tile(width: int) -> dict[str, int]:
     return {"CHUNK": CHUNK, "ROWS": max(1, TILE // columns), "COLUMNS": columns}
 
 
+def forward_tile(frames: int, tokens: int, width: int) -> dict[str, int]:
+    """Sizes for the forward pass, which need not be the backward's: it keeps no sums of a chunk.
+
+    With few frames each program takes one small tile.
+    """
+    tile = _tile(width)
+    if frames * triton.cdiv(tokens, CHUNK) >= FULL_GPU:
+        return tile
+    rows = max(1, TILE // 2 // tile["COLUMNS"])
+    return tile | {"CHUNK": rows, "ROWS": rows, "num_warps": 4}
+
+
 def _of_frames(part_BT1D: Tensor) -> tuple[Tensor, int]:
     """With rows of one stride over all frames, and that stride."""
     by_batch, by_frame, _, by_column = part_BT1D.stride()
     if by_column != 1 or by_batch != part_BT1D.shape[1] * by_frame:
         part_BT1D = part_BT1D.contiguous()
     return part_BT1D, part_BT1D.stride(1)
+
+
+def _strides_of_frames(part_BT1D: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """With adjacent columns, and its strides by batch and frame."""
+    part_BT1D = _rows(part_BT1D)
+    return part_BT1D, (part_BT1D.stride(0), part_BT1D.stride(1))
 
 
 def _rows(tensor_BTND: Tensor) -> Tensor:
@@ -147,19 +182,20 @@ def add_modulate(
     What is read is RMS-normalised, times 1 + scale, plus shift, in y's dtype. With `by_token` it lies in
     memory as [B, N, T, D].
     """
-    x_BTND, y_BTND = x_BTND.contiguous(), _rows(y_BTND)
+    x_BTND, y_BTND = _rows(x_BTND), _rows(y_BTND)
     batch, frames, tokens, width = x_BTND.shape
-    out = torch.empty_like(x_BTND)
+    out = x_BTND.new_empty(batch, frames, tokens, width)
     memory, h_strides, h = _branch(x_BTND, y_BTND, by_token)
     factors = x_BTND.new_empty(batch, frames, tokens, dtype=torch.float32)
-    (gate, gate_row), (shift, shift_row), (scale, scale_row) = map(
-        _of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
+    (gate, of_gate), (shift, of_shift), (scale, of_scale) = map(
+        _strides_of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
     )
-    chunks = triton.cdiv(tokens, CHUNK)
+    tile = forward_tile(batch * frames, tokens, width)
+    chunks = triton.cdiv(tokens, tile["CHUNK"])
     wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
         x_BTND, y_BTND, gate, shift, scale, out, memory, factors,
-        *y_BTND.stride()[:3], *h_strides, gate_row, shift_row, scale_row,
-        frames, tokens, chunks, width, **_tile(width), EPS=EPS,
+        *x_BTND.stride()[:3], *y_BTND.stride()[:3], *h_strides, *of_gate, *of_shift, *of_scale,
+        frames, tokens, chunks, width, **tile, EPS=EPS, FP8=False,
     )  # fmt: skip
     return out, h, factors
 

@@ -118,12 +118,14 @@ class RingCache:
         """The frames held, oldest first behind the sink."""
         if not self.num_frames:
             raise ValueError("an empty ring has no cache")
-        order_F = self.order
-        return KVCache(
-            tuple(
-                KeyValue(layer.key[:, :, :, order_F], layer.value[:, :, :, order_F]) for layer in self.layers
-            )
-        )
+        order, starts = self.order, [0]
+        starts += [i for i in range(1, len(order)) if order[i] != order[i - 1] + 1]
+        runs = [order[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+
+        def in_order(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:, :, :, run[0] : run[-1] + 1] for run in runs], 3)
+
+        return KVCache(tuple(KeyValue(in_order(layer.key), in_order(layer.value)) for layer in self.layers))
 
     @property
     def order(self) -> list[int]:

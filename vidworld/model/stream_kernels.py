@@ -13,6 +13,7 @@ key-value heads, W slots, d head dims, Y = (H + 2 h) d, D = H d.
 # What depends on a constant of a kernel is bound where it is read.
 # pyright: reportPossiblyUnboundVariable=false
 import os
+from typing import NamedTuple
 
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
@@ -28,8 +29,6 @@ MOST_SLOTS = 64
 """Slots that a program of `ring_attention` can hold."""
 FILLS_A_GPU = 264
 """Programs, two for each multiprocessor of an H100; with fewer, work is cut finer."""
-ALL_KEYS = 128
-"""Keys up to which a program of `frame_attention` keeps all of them."""
 
 
 @triton.jit
@@ -85,13 +84,29 @@ def _keys(qkv, key, kv, length, k_scale, cos, sin,
 
 
 @triton.jit
+def _look(q_first, q_second, k_first, k_second, v, key, most, total, mixed, length,
+          SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """One step of the running softmax of arXiv 2205.14135, algorithm 1."""
+    scores = _scores(q_first, q_second, k_first, k_second, key, length, SCALE, WIDE)
+    new_most = tl.maximum(most, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_most[:, None])
+    fade = tl.exp2(most - new_most)
+    total = total * fade + tl.sum(weights, 1)
+    mixed = mixed * fade[:, None] + _product(weights.to(v.dtype), v, WIDE)
+    return new_most, total, mixed
+
+
+@triton.jit
 def _frame_attention_kernel(
     qkv, q_scale, k_scale, cos, sin, out, length, splits,
     H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    BLOCKS: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Some tiles of the queries that share a key-value head; rows are (head, token)."""
+    """Some tiles of the queries that share a key-value head; rows are (head, token).
+
+    Keys come in BLOCKS of KEYS, and a smaller block of REST if any.
+    """
     split, kv = tl.program_id(0) % splits, (tl.program_id(0) // splits) % KV
     sequence = (tl.program_id(0) // splits // KV).to(tl.int64)
     qkv += sequence * length * (H + 2 * KV) * 2 * HALF
@@ -100,6 +115,9 @@ def _frame_attention_kernel(
     if BLOCKS == 1:
         key = tl.arange(0, KEYS)
         k_first, k_second, v = _keys(qkv, key, kv, length, k_scale, cos, sin, H, KV, HALF, EPS)
+    if REST > 0:
+        rest = BLOCKS * KEYS + tl.arange(0, REST)
+        r_first, r_second, r_v = _keys(qkv, rest, kv, length, k_scale, cos, sin, H, KV, HALF, EPS)
     for tile in range(TILES):
         index = (split * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
         head, token = kv * (H // KV) + index // length, index % length
@@ -108,26 +126,63 @@ def _frame_attention_kernel(
         q_first, q_second = _head(qkv, offset, token, live, q_scale, cos, sin, HALF, EPS)
         if BLOCKS == 1:
             scores = _scores(q_first, q_second, k_first, k_second, key, length, SCALE, WIDE)
-            weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+            most = tl.max(scores, 1)
+            if REST > 0:
+                others = _scores(q_first, q_second, r_first, r_second, rest, length, SCALE, WIDE)
+                most = tl.maximum(most, tl.max(others, 1))
+            weights = tl.exp2(scores - most[:, None])
             total = tl.sum(weights, 1)
             mixed = _product(weights.to(v.dtype), v, WIDE)
+            if REST > 0:
+                weights = tl.exp2(others - most[:, None])
+                total += tl.sum(weights, 1)
+                mixed += _product(weights.to(v.dtype), r_v, WIDE)
         else:
-            # The running softmax of arXiv 2205.14135, algorithm 1.
             most = tl.full([ROWS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             mixed = tl.zeros([ROWS, 2 * HALF], tl.float32)
             for block in range(BLOCKS):
                 key = block * KEYS + tl.arange(0, KEYS)
                 k_first, k_second, v = _keys(qkv, key, kv, length, k_scale, cos, sin, H, KV, HALF, EPS)
-                scores = _scores(q_first, q_second, k_first, k_second, key, length, SCALE, WIDE)
-                new_most = tl.maximum(most, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_most[:, None])
-                fade = tl.exp2(most - new_most)
-                total = total * fade + tl.sum(weights, 1)
-                mixed = mixed * fade[:, None] + _product(weights.to(v.dtype), v, WIDE)
-                most = new_most
+                most, total, mixed = _look(q_first, q_second, k_first, k_second, v, key, most, total, mixed,
+                                           length, SCALE, WIDE)  # fmt: skip
+            if REST > 0:
+                most, total, mixed = _look(q_first, q_second, r_first, r_second, r_v, rest, most, total,
+                                           mixed, length, SCALE, WIDE)  # fmt: skip
         mixed = mixed / total[:, None]
         tl.store(out + (token * H + head) * 2 * HALF + dims, mixed.to(out.dtype.element_ty), mask=live)
+
+
+class FrameTiles(NamedTuple):
+    """How `frame_attention` is cut into programs."""
+
+    rows: int
+    """Queries of a tile."""
+    splits: int
+    """Programs that share the queries of one key-value head of one sequence."""
+    keys: int
+    """Keys of a block."""
+    num_warps: int
+    num_stages: int = 2
+
+    def of_keys(self, length: int) -> tuple[int, int]:
+        """Whole blocks, and the size of the smaller one that follows, or 0."""
+        blocks, left = divmod(length, self.keys)
+        rest = max(16, triton.next_power_of_2(left)) if left else 0
+        return (blocks + 1, 0) if rest >= self.keys or not blocks else (blocks, rest)
+
+
+def frame_tiles(heads: int, queries: int, length: int) -> FrameTiles:
+    """By key-value heads of all sequences, queries of each, and keys of each.
+
+    With few heads their queries go to many programs, each of which prepares the keys anew; with many, keys
+    are prepared once.
+    """
+    block = max(16, triton.next_power_of_2(length + 1) // 2)
+    if heads >= FILLS_A_GPU:
+        return FrameTiles(64, 1, min(64, block), 4)
+    rows = 64 if heads * triton.cdiv(queries, 64) >= FILLS_A_GPU else 32
+    return FrameTiles(rows, triton.cdiv(queries, rows), min(128, block), 4)
 
 
 @triton_op("vidworld::frame_attention", mutates_args=())
@@ -149,16 +204,14 @@ def frame_attention(
     qkv_GnY, cos_nd, sin_nd = qkv_GnY.contiguous(), cos_nd.contiguous(), sin_nd.contiguous()
     out = qkv_GnY.new_empty(groups, length, num_heads * dims)
     queries = num_heads // num_kv_heads * length
-    rows, splits = 64, 1
-    if groups * num_kv_heads < FILLS_A_GPU:
-        rows = 64 if groups * num_kv_heads * triton.cdiv(queries, 64) >= FILLS_A_GPU else 32
-        splits = triton.cdiv(queries, rows)
-    keys = max(16, triton.next_power_of_2(length)) if length <= ALL_KEYS else 64
-    wrap_triton(_frame_attention_kernel)[(groups * num_kv_heads * splits,)](  # type: ignore[index]
-        qkv_GnY, query_scale_d, key_scale_d, cos_nd, sin_nd, out, length, splits,
-        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=rows, KEYS=keys,
-        BLOCKS=triton.cdiv(length, keys), TILES=triton.cdiv(queries, rows * splits),
+    tiles = frame_tiles(groups * num_kv_heads, queries, length)
+    blocks, rest = tiles.of_keys(length)
+    wrap_triton(_frame_attention_kernel)[(groups * num_kv_heads * tiles.splits,)](  # type: ignore[index]
+        qkv_GnY, query_scale_d, key_scale_d, cos_nd, sin_nd, out, length, tiles.splits,
+        H=num_heads, KV=num_kv_heads, HALF=dims // 2, ROWS=tiles.rows, KEYS=tiles.keys,
+        BLOCKS=blocks, REST=rest, TILES=triton.cdiv(queries, tiles.rows * tiles.splits),
         SCALE=LOG2_E * dims**-0.5, EPS=EPS, WIDE=INTERPRETED,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out
 
@@ -167,70 +220,88 @@ def frame_attention(
 def _ring_attention_kernel(
     qkv, q_scale, k_scale, now_slot, now_turns, now_seen, before_slot, before_turns, before_seen,
     keys, values, out, num_sequences, num_tokens, num_slots,
-    F: tl.constexpr, COMMITS: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr,
-    SLOTS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr, SCALE: tl.constexpr,
-    EPS: tl.constexpr, WIDE: tl.constexpr,
+    F: tl.constexpr, COMMITS: tl.constexpr, UNREAD: tl.constexpr, H: tl.constexpr, KV: tl.constexpr,
+    HALF: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, SEQUENCES: tl.constexpr,
+    ROWS: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One key-value head of a few tokens: their slots are read once for all queries."""
+    """One key-value head of a few tokens: their slots are read once, and one product serves all queries.
+
+    Rows of queries are (sequence, head), rows of keys (sequence, slot); none sees another sequence's.
+    """
     kv = tl.program_id(0) % KV
-    slot, column = tl.arange(0, SLOTS)[:, None], tl.arange(0, SLOTS)[None, :]
-    pair = tl.arange(0, HALF)[None, :]
-    for one in tl.range(SEQUENCES, num_stages=1):
-        sequence = ((tl.program_id(0) // KV) * SEQUENCES + one).to(tl.int64)
-        is_one = sequence < num_sequences
-        batch, token = sequence // num_tokens, sequence % num_tokens
-        held = (sequence * KV + kv) * num_slots * 2 * HALF
-        live = (slot < num_slots) & is_one
-        k_first, k_second = _load_pair(keys, held + slot * 2 * HALF + pair, live, HALF)
-        v_first, v_second = _load_pair(values, held + slot * 2 * HALF + pair, live, HALF)
-        inside = (pair < HALF) & is_one
-        for frame in tl.static_range(F):
-            row = (batch * F + frame) * num_tokens + token
-            new = row * (H + 2 * KV) * 2 * HALF + pair
-            nk_first, nk_second = _load_pair(qkv, new + (H + kv) * 2 * HALF, inside, HALF)
-            nk_first, nk_second = _normal(nk_first, nk_second, k_scale, pair, HALF, EPS)
-            # As the slots will hold it.
-            nk_first = nk_first.to(keys.dtype.element_ty).to(tl.float32)
-            nk_second = nk_second.to(keys.dtype.element_ty).to(tl.float32)
-            nv_first, nv_second = _load_pair(qkv, new + (H + KV + kv) * 2 * HALF, inside, HALF)
-            if COMMITS and frame == 0:
-                at, turns, seen = tl.load(before_slot), before_turns, before_seen
-                place = held + at * 2 * HALF + pair
-                tl.store(keys + place, nk_first.to(keys.dtype.element_ty), mask=inside)
-                tl.store(keys + place + HALF, nk_second.to(keys.dtype.element_ty), mask=inside)
-                tl.store(values + place, nv_first.to(values.dtype.element_ty), mask=inside)
-                tl.store(values + place + HALF, nv_second.to(values.dtype.element_ty), mask=inside)
-            else:
-                at, turns, seen = tl.load(now_slot), now_turns, now_seen
-            # A later version of the frame now takes the same slot, so nothing is to be put back.
-            k_first, k_second = (
-                tl.where(slot == at, nk_first, k_first),
-                tl.where(slot == at, nk_second, k_second),
-            )
-            v_first, v_second = (
-                tl.where(slot == at, nv_first, v_first),
-                tl.where(slot == at, nv_second, v_second),
-            )
+    first_sequence = ((tl.program_id(0) // KV) * SEQUENCES).to(tl.int64)
+    pair, dims = tl.arange(0, HALF)[None, :], tl.arange(0, 2 * HALF)[None, :]
+    key = tl.arange(0, SEQUENCES * SLOTS)
+    slot, sequence = (key % SLOTS)[:, None], first_sequence + (key // SLOTS)[:, None]
+    live = (slot < num_slots) & (sequence < num_sequences)
+    held = ((sequence * KV + kv) * num_slots + slot) * 2 * HALF
+    k_first = tl.load(keys + held + pair, mask=live, other=0.0)
+    k_second = tl.load(keys + held + HALF + pair, mask=live, other=0.0)
+    v = tl.load(values + held + dims, mask=live, other=0.0)
+    k_batch, k_token = sequence // num_tokens, sequence % num_tokens
+    row = tl.arange(0, ROWS)
+    member, of_row = (row % HEADS)[:, None], row // HEADS % SEQUENCES
+    mine = (member < H // KV) & (row < SEQUENCES * HEADS)[:, None]
+    mine = mine & (first_sequence + of_row[:, None] < num_sequences)
+    q_batch = (first_sequence + of_row[:, None]) // num_tokens
+    q_token = (first_sequence + of_row[:, None]) % num_tokens
+    together = of_row[:, None] == (key // SLOTS)[None, :]
+    for frame in tl.static_range(F):
+        if COMMITS and frame == 0:
+            at, turns, seen = tl.load(before_slot), before_turns, before_seen
+        else:
+            at, turns, seen = tl.load(now_slot), now_turns, now_seen
+        # A later version of the frame now takes the same slot, so nothing is to be put back.
+        takes = (slot == at) & live
+        new = ((k_batch * F + frame) * num_tokens + k_token) * (H + 2 * KV) * 2 * HALF
+        nk_first, nk_second = _load_pair(qkv, new + (H + kv) * 2 * HALF + pair, takes, HALF)
+        nk_first, nk_second = _normal(nk_first, nk_second, k_scale, pair, HALF, EPS)
+        nv = tl.load(qkv + new + (H + KV + kv) * 2 * HALF + dims, mask=takes, other=0.0)
+        # As the slots will hold it.
+        k_first = tl.where(takes, nk_first.to(k_first.dtype), k_first)
+        k_second = tl.where(takes, nk_second.to(k_second.dtype), k_second)
+        v = tl.where(takes, nv.to(v.dtype), v)
+        if COMMITS and frame == 0:
+            tl.store(keys + held + pair, k_first, mask=takes)
+            tl.store(keys + held + HALF + pair, k_second, mask=takes)
+            tl.store(values + held + dims, v, mask=takes)
+        if frame >= UNREAD:
             cos, sin = _load_pair(turns, (1 + slot) * 2 * HALF + pair, slot < num_slots, HALF)
-            t_first, t_second = _turn(k_first, k_second, cos, sin)
+            t_first, t_second = _turn(k_first.to(tl.float32), k_second.to(tl.float32), cos, sin)
             q_cos, q_sin = _load_pair(turns, pair, pair < HALF, HALF)
-            member = tl.arange(0, HEADS)[:, None]
-            head, mine = kv * (H // KV) + member, (member < H // KV) & is_one
-            q_first, q_second = _load_pair(qkv, new + head * 2 * HALF, mine, HALF)
+            head = kv * (H // KV) + member
+            asked = (q_batch * F + frame) * num_tokens + q_token
+            asked = (asked * (H + 2 * KV) + head) * 2 * HALF
+            q_first, q_second = _load_pair(qkv, asked + pair, mine, HALF)
             q_first, q_second = _normal(q_first, q_second, q_scale, pair, HALF, EPS)
             q_first, q_second = _turn(q_first, q_second, q_cos, q_sin)
             like = qkv.dtype.element_ty
             scores = _product(q_first.to(like), tl.trans(t_first.to(like)), WIDE)
             scores += _product(q_second.to(like), tl.trans(t_second.to(like)), WIDE)
-            visible = tl.load(seen + column, mask=column < num_slots, other=0) != 0
-            scores = tl.where(visible, scores * SCALE, float("-inf"))
+            visible = tl.load(seen + key % SLOTS, mask=key % SLOTS < num_slots, other=0) != 0
+            scores = tl.where(together & visible[None, :], scores * SCALE, float("-inf"))
             weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
             weights = (weights / tl.sum(weights, 1)[:, None]).to(like)
-            mixed = (row * H + head) * 2 * HALF + pair
-            first = _product(weights, v_first.to(like), WIDE)
-            second = _product(weights, v_second.to(like), WIDE)
-            tl.store(out + mixed, first.to(out.dtype.element_ty), mask=mine)
-            tl.store(out + mixed + HALF, second.to(out.dtype.element_ty), mask=mine)
+            mixed = _product(weights, v.to(like), WIDE)
+            answer = (q_batch * (F - UNREAD) + frame - UNREAD) * num_tokens + q_token
+            answer = (answer * H + head) * 2 * HALF
+            tl.store(out + answer + dims, mixed.to(out.dtype.element_ty), mask=mine)
+
+
+class RingTiles(NamedTuple):
+    """How `ring_attention` is cut into programs."""
+
+    sequences: int
+    """Tokens of a program."""
+    num_warps: int
+
+
+def ring_tiles(programs: int, heads: int, slots: int) -> RingTiles:
+    """By programs if each had one token, and padded query heads and slots of each.
+
+    Matrix units multiply tiles of 16 rows: as many tokens together fill one.
+    """
+    return RingTiles(max(1, min(16 // heads, 128 // slots)), 4)
 
 
 def ring_attention(
@@ -243,29 +314,33 @@ def ring_attention(
     value_GhWd: Tensor,
     *,
     commits: bool,
+    unread: bool = False,
 ) -> Tensor:
     """Each token attends to its own past in the slots: mixed heads [B, F, N, D].
 
     Each new frame takes its slot while it looks, as `StreamedDiT` says. With `commits` the first one takes
     the slot of `before` and stays, which changes `key_GhWd` (normalised, not turned) and `value_GhWd`
-    (G = B N); the others are versions of the frame `now` and leave nothing. now, before: the slot [1], angles
-    [1 + W, d] and slots in sight [1, W] of an `Instant`. At most `MOST_SLOTS` slots.
+    (G = B N); the others are versions of the frame `now` and leave nothing. With `unread` the first one does
+    not look: F - 1 frames come out. now, before: the slot [1], angles [1 + W, d] and slots in sight [1, W] of
+    an `Instant`. At most `MOST_SLOTS` slots.
     """
     batch, frames, tokens, _ = qkv_BFNY.shape
     sequences, num_kv_heads, slots, dims = key_GhWd.shape
     num_heads = qkv_BFNY.shape[-1] // dims - 2 * num_kv_heads
     assert slots <= MOST_SLOTS
     assert sequences == batch * tokens
+    assert commits or not unread
     qkv_BFNY = qkv_BFNY.contiguous()
-    out = qkv_BFNY.new_empty(batch, frames, tokens, num_heads * dims)
-    together = 4 if sequences * num_kv_heads >= 64 * FILLS_A_GPU else 1
+    out = qkv_BFNY.new_empty(batch, frames - unread, tokens, num_heads * dims)
+    heads, padded = triton.next_power_of_2(num_heads // num_kv_heads), triton.next_power_of_2(slots)
+    together, num_warps = ring_tiles(sequences * num_kv_heads, heads, padded)
+    # Matrix units multiply tiles of 16.
+    padded = max(padded, 16 // together)
     _ring_attention_kernel[(triton.cdiv(sequences, together) * num_kv_heads,)](  # type: ignore[index]
         qkv_BFNY, query_scale_d, key_scale_d, *now, *before, key_GhWd, value_GhWd, out,
         sequences, tokens, slots,
-        F=frames, COMMITS=commits, H=num_heads, KV=num_kv_heads, HALF=dims // 2,
-        # Matrix units multiply tiles of 16.
-        SLOTS=max(16, triton.next_power_of_2(slots)),
-        HEADS=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
-        SEQUENCES=together, SCALE=LOG2_E * dims**-0.5, EPS=EPS, WIDE=INTERPRETED, num_warps=2,
+        F=frames, COMMITS=commits, UNREAD=int(unread), H=num_heads, KV=num_kv_heads, HALF=dims // 2,
+        SLOTS=padded, HEADS=heads, SEQUENCES=together, ROWS=max(16, together * heads),
+        SCALE=LOG2_E * dims**-0.5, EPS=EPS, WIDE=INTERPRETED, num_warps=num_warps,
     )  # fmt: skip
     return out

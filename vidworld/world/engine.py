@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vidworld.errors import ConfigError
 from vidworld.model.compile import MAX_GRAPHS
+from vidworld.model.fp8 import use_fp8, why_not
 from vidworld.model.streaming import StreamKernels
 from vidworld.types import Frames
 from vidworld.world.capture import captured
@@ -47,7 +48,10 @@ class RolloutEngine:
     with it, and others are slower. Under autocast the engine holds half-precision copies of the weights: make
     another engine when they change. residual: what the stream between blocks is kept in under autocast, by
     default as in training; "autocast" halves what large batches move and rounds what each block adds.
-    kernels: names of `vidworld.model.streaming.StreamKernels`, to run where they can (on CUDA).
+    kernels: names of `vidworld.model.streaming.StreamKernels`, to run where they can (on CUDA). products:
+    "fp8" computes the large matrix products under autocast in 8-bit floats (`vidworld.model.fp8`): faster at
+    large batches on an H100, best with all kernels, and less exact, so look at what it does to your world;
+    where it does not run, it warns and leaves them in bfloat16.
 
         engine = RolloutEngine(world)
         rollout = engine.rollout(state, actions)      # values in, values out
@@ -67,7 +71,10 @@ class RolloutEngine:
         half: bool | None = None,
         residual: Literal["float32", "autocast"] | None = None,
         kernels: Collection[str] = (),
+        products: Literal["autocast", "fp8"] = "autocast",
     ) -> None:
+        if products not in ("autocast", "fp8"):
+            raise ConfigError("products of the engine", got=products, expected="autocast | fp8")
         if unknown := set(kernels) - set(StreamKernels._fields):
             raise ConfigError(
                 "kernels of the engine", got=sorted(unknown), expected=" | ".join(StreamKernels._fields)
@@ -85,12 +92,18 @@ class RolloutEngine:
         if residual is not None and self._half:
             for model in self._models:  # copies
                 model.config = dataclasses.replace(model.config, residual=residual)
+        if products == "fp8":
+            reason = why_not(world.device) if self._half else "bfloat16 autocast is off"
+            if reason is None:
+                self._models = [use_fp8(model) for model in self._models]
+            else:
+                warnings.warn(f"matrix products are not in fp8: {reason}", stacklevel=2)
         tokenizer = world.tokenizer
         if self._half and isinstance(tokenizer, nn.Module):
             tokenizer = _halved(tokenizer)
         self._codec = Codec(tokenizer, world.spec, world.dtype, self._precision)
         self._loop: FrameLoop | MemberLoops | None = None
-        self._runs: dict[tuple[bool, bool], Callable[[], None]] = {}
+        self._runs: dict[tuple[bool, bool, bool], Callable[[], None]] = {}
         self._look: Callable[[], None] | None = None
         self._given: WorldState | None = None
         """What was loaded: its samples are those of the loop."""
@@ -123,8 +136,8 @@ class RolloutEngine:
         loop, given = self._running(), self._given
         assert given is not None
         if loop.uncommitted:
-            with self._precision():
-                loop.commit()
+            self._run(loop, ends=True)
+            loop.uncommitted = False
         self._current = dataclasses.replace(
             given,
             cache=loop.cache(),
@@ -228,10 +241,7 @@ class RolloutEngine:
         loop = self._running()
         loop.actions_B1kA.copy_(actions_B1kA)
         loop.begin()
-        variant = (loop.uncommitted, loop.is_full)
-        if variant not in self._runs:
-            self._runs[variant] = self._runner(loop, *variant)
-        self._runs[variant]()
+        self._run(loop, ends=False)
         loop.uncommitted = True
         self._current = None
         newest = loop.clean.map(torch.clone)
@@ -239,10 +249,22 @@ class RolloutEngine:
             self._coding = self._coding.imagined(newest.latents_BTVChw)
         return newest
 
-    def _runner(self, loop: FrameLoop | MemberLoops, commits: bool, full: bool) -> Callable[[], None]:
+    def _run(self, loop: FrameLoop | MemberLoops, *, ends: bool) -> None:
+        """The frame begun, or if a rollout `ends` the commit of its newest one."""
+        variant = (ends, loop.uncommitted, loop.is_full)
+        if variant not in self._runs:
+            self._runs[variant] = self._runner(loop, *variant)
+        self._runs[variant]()
+
+    def _runner(
+        self, loop: FrameLoop | MemberLoops, ends: bool, commits: bool, full: bool
+    ) -> Callable[[], None]:
         def run() -> None:
             with self._precision():
-                loop.run(commits=commits, full=full)
+                if ends:
+                    loop.commit(full=full)
+                else:
+                    loop.run(commits=commits, full=full)
 
         if not self._graphs:
             return run

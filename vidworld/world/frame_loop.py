@@ -16,7 +16,7 @@ from vidworld.diffusion.path import constant_level, mix
 from vidworld.model.cache import KVCache
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning
-from vidworld.model.ring import Clock, RingCache
+from vidworld.model.ring import Clock
 from vidworld.model.streaming import StreamedDiT
 from vidworld.model.two_stream import CONTEXT_STEP
 from vidworld.types import Frames, SignalLevel
@@ -103,11 +103,11 @@ class FrameLoop:
     def cache(self) -> KVCache:
         """A copy of the committed frames."""
         newest = self.noisy.map(torch.clone) if self.model.config.previous_frame else None
-        return replace(self.net.ring().to_cache(), newest=newest)
+        return replace(self.net.cache(), newest=newest)
 
     def load(self, state: WorldState) -> None:
         """Go on where a state stands."""
-        self.net.load(RingCache.from_cache(state.cache, self.clock))
+        self.net.load(state.cache)
         self.noise.load(state.seed, state.sample_ids_B)
         self.embodiment_B.copy_(state.embodiment_B)
         self.clean.map(lambda own, new: own.copy_(new), state.newest)
@@ -165,7 +165,6 @@ class FrameLoop:
                 full=full,
             )
             index += 1
-            found = found[:, int(before) :]
             if len(versions) == 1:
                 return found
             scale = self.sampler.guidance
@@ -181,9 +180,8 @@ class FrameLoop:
         self.tokens_B1kD.copy_(tokens_B1kD)
         self.condition_B1D.copy_(condition_B1D)
 
-    def commit(self) -> None:
+    def commit(self, *, full: bool) -> None:
         """Commit the newest frame in a pass of its own, for a state to be taken."""
-        assert self.uncommitted
         self.net.before.copy_(self.net.now)
         self.net(
             self.noisy,
@@ -194,9 +192,8 @@ class FrameLoop:
             self._previous([self.older]),
             commits=True,
             first=True,
-            full=self.clock.is_full(self.net.num_frames - 1),
+            full=full,
         )
-        self.uncommitted = False
 
     def _previous(self, frames: list[Frames]) -> Frames | None:
         """What the network is given of the frames before those of a pass."""

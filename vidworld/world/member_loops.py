@@ -104,10 +104,10 @@ class MemberLoops:
             loop.run(commits=commits, full=full)
             self.clean.map(lambda own, new, at=index_B: own.index_copy_(0, at, new), loop.clean)
 
-    def commit(self) -> None:
+    def commit(self, *, full: bool) -> None:
         """Commit the newest frame in a pass of its own, for a state to be taken."""
         for loop in self.loops:
-            loop.commit()
+            loop.commit(full=full)
 
     def cache(self) -> KVCache:
         """A copy of the committed frames, in the order of the rows."""
