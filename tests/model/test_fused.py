@@ -6,16 +6,20 @@ import os
 import pytest
 import torch
 
+from vidworld.model.attention import reference
 from vidworld.model.compile import KERNELS, compile_blocks, fuse
 from vidworld.model.config import DiTConfig
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
+from vidworld.model.rope import Rotation, rotate
 from vidworld.types import Frames, SignalLevel
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from vidworld.model.fused_attention import short_attention  # noqa: E402
 
 SHAPE = FrameShape(views=1, channels=4, height=8, width=8, proprio_dims=3, action_dims=2)
 BATCH, FRAMES = 2, 2
@@ -69,6 +73,40 @@ def test_kernels_agree_with_the_plain_code(kernels: tuple[str, ...]) -> None:
     assert deviation(gradients(fused), want) < 2e-5
     fused.blocks[0].mlp.gate_up.weight.data.mul_(1.01)  # type: ignore[union-attr]
     assert deviation(gradients(fused), want) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "dims"),
+    [(16, 2, 2, 32), (17, 4, 2, 64), (70, 6, 2, 64), (70, 3, 1, 16), (100, 2, 1, 128), (127, 3, 3, 32)],
+)
+def test_attention_agrees_with_its_definition(length: int, heads: int, kv_heads: int, dims: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    qkv = normal(2, length, (heads + 2 * kv_heads) * dims).requires_grad_()
+    scales = (1 + 0.3 * normal(2, dims)).requires_grad_()
+    angles, grad = normal(2, length, dims // 2), normal(2, length, heads * dims)
+
+    def plain(angles: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (-1, dims)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        q, k = (
+            rotate(torch.rms_norm(x, (dims,)) * scale, Rotation(angle.cos(), angle.sin()))
+            for x, scale, angle in zip((q, k), scales, angles, strict=True)
+        )
+        return reference(q, k, v).transpose(1, 2).flatten(2).float()
+
+    def found(mixed: torch.Tensor) -> dict[str, torch.Tensor]:
+        of_qkv, of_scales = torch.autograd.grad(mixed, [qkv, scales], grad)
+        of_q, of_k, of_v = of_qkv.split([count * dims for count in (heads, kv_heads, kv_heads)], -1)
+        return {"mixed": mixed.detach(), "q": of_q, "k": of_k, "v": of_v, "of scales": of_scales}
+
+    want = found(plain(angles))
+    mixed, _ = short_attention(qkv, scales, torch.cat([angles.cos(), angles.sin()], -1), heads, kv_heads)
+    assert deviation(found(mixed), want) < 2e-6
+    wrong = found(plain(1.01 * angles))
+    assert min(deviation({name: wrong[name]}, {name: want[name]}) for name in ("mixed", "q", "k")) > 1e-4
 
 
 def test_members_that_share_a_network_agree_too() -> None:

@@ -33,7 +33,7 @@ from vidworld.trainer.tasks import Moment, WorldTask
 from vidworld.trainer.transfer import Transfer
 
 Ours = Literal["ours", "muon", "half_residual", "bare", "zero1", "zero2", "zero3", "fsdp2"]
-Fused = Literal["fused", "fused_half", "fused_heads", "fused_mlp", "fused_residual"]
+Fused = Literal["fused", "fused_half", "fused_sdpa", "fused_heads", "fused_mlp", "fused_residual"]
 Variant = Ours | Fused | Literal["naive", "naive_compiled", "naive_full"]
 EMA_DECAY = 0.999
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -125,6 +125,8 @@ def build(case: Case, variant: Variant) -> Stepper:
             return LoopStepper(
                 case, "ddp", residual="autocast" if variant == "fused_half" else "float32", kernels=KERNELS
             )
+        case "fused_sdpa":
+            return LoopStepper(case, "ddp", kernels=[name for name in KERNELS if name != "attention"])
         case "fused_heads" | "fused_mlp" | "fused_residual":
             return LoopStepper(case, "ddp", kernels=(variant.removeprefix("fused_"),))
         case "zero1" | "zero2" | "zero3" | "fsdp2":

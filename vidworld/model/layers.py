@@ -20,6 +20,10 @@ from vidworld.model.rope import Rotation, rotate
 if TYPE_CHECKING:
     from vidworld.model.config import DiTConfig
 
+SHORT, MOST_SHORT_DIMS = (16, 128), 64
+"""Tokens (from, below) and head dims of what `fused_attention` is for: two tiles of keys, whose gradients
+stay in registers. At head dims of 128 they do not fit."""
+
 
 class Axis(NamedTuple):
     """How one axis is attended: rotations of queries and keys, who sees whom, and by which backend."""
@@ -37,8 +41,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.fused = False
-        """Whether to run the kernels of `fused`."""
+        self.fused = self.fused_attention = False
+        """Whether to run the kernels of `fused`, and those of `fused_attention` where they pay."""
         members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
         self.qkv = MemberLinear(config.width, sum(self.heads) * config.head_dim, **members)
         self.out = MemberLinear(config.width, config.width, **members)
@@ -58,8 +62,11 @@ class SelfAttention(nn.Module):
 
         Without `commit` the latter may be missing.
         """
-        if self.fused and past is None and not commit:
-            return self._fused_forward(x_GnD, axis, member_B), None
+        if past is None and not commit:
+            if self.fused_attention and self._is_short(x_GnD, axis):
+                return self._short_forward(x_GnD, axis, member_B), None
+            if self.fused:
+                return self._fused_forward(x_GnD, axis, member_B), None
         q_GHnd, new = self.project(x_GnD, member_B)
         k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
         mixed_GHnd = attend(
@@ -69,13 +76,30 @@ class SelfAttention(nn.Module):
 
     def _fused_forward(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> Tensor:
         """The same in fewer passes over memory."""
-        scales_2d = torch.stack([self.query_scale_d, self.key_scale_d]).float()
-        angles_2nd = torch.stack([torch.cat(rotation, dim=-1) for rotation in (axis.query, axis.key)]).float()
-        q_GHnd, k_Ghnd, v_Ghnd = torch.ops.vidworld.split_heads(
-            self.qkv(x_GnD, member_B), scales_2d, angles_2nd, *self.heads[:2]
-        )
+        q_GHnd, k_Ghnd, v_Ghnd = torch.ops.vidworld.split_heads(*self._operands(x_GnD, axis, member_B))
         mixed_GHnd = attend(q_GHnd, k_Ghnd, v_Ghnd, axis.mask, axis.backend)
         return self.join_heads(mixed_GHnd, member_B)
+
+    def _is_short(self, x_GnD: Tensor, axis: Axis) -> bool:
+        """Whether all see all, and in so few tokens and dims that one program holds a sequence's keys."""
+        if (
+            axis.mask is not None
+            or axis.backend != "sdpa"
+            or (x_GnD.is_cuda and compute_dtype(x_GnD).itemsize > 2)
+        ):
+            return False
+        return self.head_dim <= MOST_SHORT_DIMS and SHORT[0] <= x_GnD.shape[1] < SHORT[1]
+
+    def _short_forward(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> Tensor:
+        """The same in one pass between the projections."""
+        mixed_GnD, _ = torch.ops.vidworld.short_attention(*self._operands(x_GnD, axis, member_B))
+        return self.out(mixed_GnD, member_B)
+
+    def _operands(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> tuple[Tensor | int, ...]:
+        """What the kernels take: the projection, scales [2, d], angles [2, n, d], and numbers of heads."""
+        scales_2d = torch.stack([self.query_scale_d, self.key_scale_d]).float()
+        angles_2nd = torch.stack([torch.cat(rotation, dim=-1) for rotation in (axis.query, axis.key)]).float()
+        return self.qkv(x_GnD, member_B), scales_2d, angles_2nd, *self.heads[:2]
 
     def project(self, x_GnD: Tensor, member_B: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
