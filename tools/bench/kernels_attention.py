@@ -2,7 +2,7 @@
 
     python tools/bench/kernels_attention.py                        # on a GPU: all sizes, several launches
     python tools/bench/kernels_attention.py --sizes 12x384 --no-sweep
-    TRITON_INTERPRET=1 python tools/bench/kernels_attention.py --sequences 2 --sizes 12x384    # a toy on a CPU
+    TRITON_INTERPRET=1 python tools/bench/kernels_attention.py --sequences 2 --sizes 12x384   # a toy on a CPU
 
 Both run from compiled graphs, from the projection to the mixed heads that the next one reads, and back. The
 sweep times every launch of the kernels that is said to be sensible, each way alone, and names the best.
