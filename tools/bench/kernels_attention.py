@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vidworld.config import parse
 from vidworld.errors import UserError
-from vidworld.model import fused, fused_attention
+from vidworld.model import fused, fused_attention, fused_attention_long
 from vidworld.model.attention import attend
 
 ops: Any = torch.ops.vidworld
@@ -33,8 +34,6 @@ SIZES = {
     "24x1024.short": (640, 70, 8, 4, 128),
 }
 """Sequences, their tokens, query heads, key-value heads and head dims, as `train.py` has them on one H100."""
-PARAMETERS = ("ROWS", "num_warps", "num_stages")
-LAUNCHES = ((64, 4, 1), (64, 4, 2), (128, 8, 1), (128, 8, 2), (64, 4, 3), (128, 4, 1))
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,35 @@ class Options:
 
 @dataclass(frozen=True)
 class Kernels:
-    """An operator, what it launches, and what its backward pass is given."""
+    """An operator, and how its kernels are launched; each is timed as a part of the operator of its way."""
 
     name: str
     launch: dict[str, dict[str, int]]
     parameters: Sequence[str]
     launches: Sequence[Sequence[int]]
+    fit: Callable[[int, int], bool]
+    """Whether they are for so many tokens and head dims."""
 
 
-SHORT = Kernels("short_attention", fused_attention.LAUNCH, PARAMETERS, LAUNCHES)
+KERNELS = (
+    Kernels(
+        "short_attention",
+        fused_attention.LAUNCH,
+        ("ROWS", "num_warps", "num_stages"),
+        ((64, 4, 1), (64, 4, 2), (128, 8, 1), (128, 8, 2), (64, 4, 3), (128, 4, 1)),
+        lambda length, dims: length < 128,
+    ),
+    Kernels(
+        "long_attention",
+        fused_attention_long.LAUNCH,
+        ("ROWS", "KEYS", "num_warps", "num_stages"),
+        (
+            *((64, 64, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 1)),
+            *((64, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3)),
+        ),
+        lambda length, dims: True,
+    ),
+)
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
@@ -87,15 +106,17 @@ def measure(name: str, options: Options, device: str, ends: float) -> bool:
         q, k, v = fused.split_heads(qkv, scales, tables, heads, kv_heads)
         return (attend(q, k, v, None, "sdpa").transpose(1, 2).flatten(2),)
 
-    def ours(qkv: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
-        return (getattr(ops, SHORT.name)(qkv, scales, tables, heads, kv_heads)[0],)
+    def ours(operator: str) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        kernel = getattr(ops, operator)
+        return lambda qkv, scales: (kernel(qkv, scales, tables, heads, kv_heads)[0],)
 
+    fitting = [kernels for kernels in KERNELS if kernels.fit(length, dims)]
     inputs = [qkv, scales]
     few = [qkv[:64].detach().float().requires_grad_(), scales.detach().clone().requires_grad_()]
     exact = present(*few)
     want = [*exact, *torch.autograd.grad(exact, few, [grad[:64].float()])]
     good = True
-    for kind, run in {"present": present, "fused": ours}.items():
+    for kind, run in {"present": present, **{one.name: ours(one.name) for one in fitting}}.items():
         try:
             mine = [qkv[:64].detach().requires_grad_(), scales]
             out = run(*mine)
@@ -114,8 +135,8 @@ def measure(name: str, options: Options, device: str, ends: float) -> bool:
             flush=True,
         )
         good = good and max(off) < 0.02
-    if options.sweep and device == "cuda":
-        sweep(name, SHORT, inputs, (tables, heads, kv_heads), grad, ends)
+    for kernels in fitting if options.sweep and device == "cuda" else ():
+        sweep(name, kernels, inputs, (tables, heads, kv_heads), grad, ends)
     return good
 
 
@@ -125,28 +146,36 @@ def sweep(
     """Time every launch, each way alone, until the time is up."""
     qkv, scales = (x.detach() for x in inputs)
     tables, _, kv_heads = others
-    _, lse = getattr(ops, kernels.name)(qkv, scales, *others)
+    forward = getattr(ops, kernels.name)
     backward = getattr(ops, f"{kernels.name}_backward")
-    calls: dict[str, Callable[..., Any]] = {
-        "forward": lambda: getattr(ops, kernels.name)(qkv, scales, *others),
-        "backward": lambda: backward(grad, qkv, scales, tables, lse, kv_heads),
-    }
+    kept = forward(qkv, scales, *others)
+    saved = kept if len(kept) > 2 else (kept[1], kv_heads)
+
+    def call(way: str) -> None:
+        if way == "forward":
+            forward(qkv, scales, *others)
+        else:
+            backward(grad, qkv, scales, tables, *saved)
+
     for way, launch in kernels.launch.items():
-        kept, found = dict(launch), {}
+        default, found = dict(launch), {}
         for tried in kernels.launches:
             if time.monotonic() > ends:
-                print(f"{name} {way}: the rest left out for want of time", flush=True)
+                print(f"{name} {kernels.name} {way}: the rest left out for want of time", flush=True)
                 break
             launch.update(zip(kernels.parameters, tried, strict=True))
             try:
-                found[tuple(tried)] = 1e6 * call_s(calls[way])
+                found[tuple(tried)] = 1e6 * call_s(partial(call, way))
             except Exception as error:
-                print(f"{name} {way} {tried}: {type(error).__name__}: {str(error)[-120:]}", flush=True)
-        launch.update(kept)
+                print(
+                    f"{name} {kernels.name} {way} {tried}: {type(error).__name__}: {str(error)[-120:]}",
+                    flush=True,
+                )
+        launch.update(default)
         line = ", ".join(
             f"{'/'.join(map(str, key))} {us:.0f} us" for key, us in sorted(found.items(), key=lambda x: x[1])
         )
-        print(f"{name} {way} by {'/'.join(kernels.parameters)}: {line}", flush=True)
+        print(f"{name} {kernels.name} {way} by {'/'.join(kernels.parameters)}: {line}", flush=True)
 
 
 def forward_s(run: Callable[..., Any], inputs: list[Tensor]) -> float:

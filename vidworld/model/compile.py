@@ -52,6 +52,7 @@ def fuse(model: CausalDiT, kernels: Collection[str] = KERNELS) -> CausalDiT:
         return model
     import vidworld.model.fused
     import vidworld.model.fused_attention
+    import vidworld.model.fused_attention_long
     import vidworld.model.fused_residual  # noqa: F401
 
     half = model.config.head_dim // 2

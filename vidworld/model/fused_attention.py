@@ -31,7 +31,7 @@ LAUNCH: dict[str, dict[str, int]] = {
     "forward": {"ROWS": 64, "num_warps": 4, "num_stages": 1},
     "backward": {"ROWS": 64, "num_warps": 4, "num_stages": 1},
 }
-"""Queries of a tile, and how programs are compiled; `tools/bench/kernels.py` tries others."""
+"""Queries of a tile, and how programs are compiled; `tools/bench/kernels_attention.py` tries more."""
 
 
 @triton.jit

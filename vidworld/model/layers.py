@@ -4,6 +4,7 @@ Shapes: B batch, G sequences attended alone, n their length, D width, H query he
 dims.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,9 +21,12 @@ from vidworld.model.rope import Rotation, rotate
 if TYPE_CHECKING:
     from vidworld.model.config import DiTConfig
 
-SHORT, MOST_SHORT_DIMS = (16, 128), 64
-"""Tokens (from, below) and head dims of what `fused_attention` is for: two tiles of keys, whose gradients
-stay in registers. At head dims of 128 they do not fit."""
+# `fused_attention` is for so few tokens and head dims: the gradients of two tiles of keys stay in registers,
+# which they do not at head dims of 128.
+SHORT_TOKENS, SHORT_DIMS = 128, 64
+# `fused_attention_long` is for fewer than so many: on an H100 it saves passes that at 262 tokens took as long
+# as cuDNN's gradient, but makes seven products of five. The one grows with n, the other with its square.
+LONG_TOKENS = 512
 
 
 class Axis(NamedTuple):
@@ -63,8 +67,9 @@ class SelfAttention(nn.Module):
         Without `commit` the latter may be missing.
         """
         if past is None and not commit:
-            if self.fused_attention and self._is_short(x_GnD, axis):
-                return self._short_forward(x_GnD, axis, member_B), None
+            if self.fused_attention and (inside := self._inside(x_GnD, axis)) is not None:
+                mixed_GnD = inside(*self._operands(x_GnD, axis, member_B))[0]
+                return self.out(mixed_GnD, member_B), None
             if self.fused:
                 return self._fused_forward(x_GnD, axis, member_B), None
         q_GHnd, new = self.project(x_GnD, member_B)
@@ -80,20 +85,16 @@ class SelfAttention(nn.Module):
         mixed_GHnd = attend(q_GHnd, k_Ghnd, v_Ghnd, axis.mask, axis.backend)
         return self.join_heads(mixed_GHnd, member_B)
 
-    def _is_short(self, x_GnD: Tensor, axis: Axis) -> bool:
-        """Whether all see all, and in so few tokens and dims that one program holds a sequence's keys."""
-        if (
-            axis.mask is not None
-            or axis.backend != "sdpa"
-            or (x_GnD.is_cuda and compute_dtype(x_GnD).itemsize > 2)
-        ):
-            return False
-        return self.head_dim <= MOST_SHORT_DIMS and SHORT[0] <= x_GnD.shape[1] < SHORT[1]
-
-    def _short_forward(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> Tensor:
-        """The same in one pass between the projections."""
-        mixed_GnD, _ = torch.ops.vidworld.short_attention(*self._operands(x_GnD, axis, member_B))
-        return self.out(mixed_GnD, member_B)
+    def _inside(self, x_GnD: Tensor, axis: Axis) -> Callable[..., tuple[Tensor, ...]] | None:
+        """The kernel for attention inside sequences of this size, if all see all and it pays."""
+        narrow = compute_dtype(x_GnD).itemsize == 2 or not x_GnD.is_cuda
+        if axis.mask is not None or axis.backend != "sdpa" or not narrow:
+            return None
+        if not 16 <= x_GnD.shape[1] < LONG_TOKENS:
+            return None
+        if x_GnD.shape[1] < SHORT_TOKENS and self.head_dim <= SHORT_DIMS:
+            return torch.ops.vidworld.short_attention
+        return torch.ops.vidworld.long_attention
 
     def _operands(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> tuple[Tensor | int, ...]:
         """What the kernels take: the projection, scales [2, d], angles [2, n, d], and numbers of heads."""
