@@ -2,20 +2,27 @@
 
 import copy
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from vidworld.model.attention import reference
 from vidworld.model.compile import KERNELS, compile_blocks, fuse
 from vidworld.model.config import DiTConfig
 from vidworld.model.dit import CausalDiT
 from vidworld.model.inputs import Conditioning, FrameShape, Streams
+from vidworld.model.rope import Rotation, rotate
 from vidworld.types import Frames, SignalLevel
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+
+import vidworld.model.layers as layers  # noqa: E402
+from vidworld.model.fused_attention import short_attention  # noqa: E402
+from vidworld.model.fused_attention_long import long_attention  # noqa: E402
 
 SHAPE = FrameShape(views=1, channels=4, height=8, width=8, proprio_dims=3, action_dims=2)
 BATCH, FRAMES = 2, 2
@@ -69,6 +76,63 @@ def test_kernels_agree_with_the_plain_code(kernels: tuple[str, ...]) -> None:
     assert deviation(gradients(fused), want) < 2e-5
     fused.blocks[0].mlp.gate_up.weight.data.mul_(1.01)  # type: ignore[union-attr]
     assert deviation(gradients(fused), want) > 1e-4
+
+
+ANY = [(16, 2, 2, 32), (17, 4, 2, 64), (70, 6, 2, 64), (70, 3, 1, 16), (100, 2, 1, 128), (127, 3, 3, 32)]
+LONG = [(128, 2, 2, 64), (150, 6, 2, 32), (262, 2, 1, 128)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length", "heads", "kv_heads", "dims"),
+    [(short_attention, *size) for size in ANY] + [(long_attention, *size) for size in ANY[1:4] + LONG],
+)
+def test_attention_agrees_with_its_definition(
+    kernel: Callable[..., tuple[torch.Tensor, ...]], length: int, heads: int, kv_heads: int, dims: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    qkv = normal(2, length, (heads + 2 * kv_heads) * dims).requires_grad_()
+    scales = (1 + 0.3 * normal(2, dims)).requires_grad_()
+    angles, grad = normal(2, length, dims // 2), normal(2, length, heads * dims)
+
+    def plain(angles: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (-1, dims)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        q, k = (
+            rotate(torch.rms_norm(x, (dims,)) * scale, Rotation(angle.cos(), angle.sin()))
+            for x, scale, angle in zip((q, k), scales, angles, strict=True)
+        )
+        return reference(q, k, v).transpose(1, 2).flatten(2).float()
+
+    def found(mixed: torch.Tensor) -> dict[str, torch.Tensor]:
+        of_qkv, of_scales = torch.autograd.grad(mixed, [qkv, scales], grad)
+        of_q, of_k, of_v = of_qkv.split([count * dims for count in (heads, kv_heads, kv_heads)], -1)
+        return {"mixed": mixed.detach(), "q": of_q, "k": of_k, "v": of_v, "of scales": of_scales}
+
+    want = found(plain(angles))
+    tables = torch.cat([angles.cos(), angles.sin()], -1)
+    mixed = kernel(qkv, scales, tables, heads, kv_heads)[0]
+    assert deviation(found(mixed), want) < 2e-6
+    wrong = found(plain(1.01 * angles))
+    assert min(deviation({name: wrong[name]}, {name: want[name]}) for name in ("mixed", "q", "k")) > 1e-4
+
+
+def test_blocks_run_the_kernels_of_long_sequences_beyond_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_model()
+    want = gradients(plain)
+    monkeypatch.setattr(layers, "SHORT_TOKENS", 0)
+    called = []
+    kernel = torch.ops.vidworld.long_attention
+
+    def counted(*inputs: object) -> tuple[torch.Tensor, ...]:
+        called.append(1)
+        return kernel(*inputs)
+
+    monkeypatch.setattr(torch.ops.vidworld, "long_attention", counted)
+    assert deviation(gradients(fuse(plain, ("attention",))), want) < 2e-5
+    assert len(called) == 2, "space attention of two blocks"
 
 
 def test_members_that_share_a_network_agree_too() -> None:

@@ -85,6 +85,8 @@ class Options:
     channels: int = 16
     rows: int | None = None
     """Clips of a step; by default what `vidworld plan` says fits into 85 % of the GPU, at most 64."""
+    accumulate: int = 1
+    """Micro-batches of a step, each of `rows` clips."""
     compile: bool = True
     device: Literal["cpu", "cuda"] = "cpu"
     out: Path | None = Path("benchmarks/train.json")
@@ -152,8 +154,8 @@ def measure_size(
     with tempfile.TemporaryDirectory(prefix="vidworld-bench-") as scratch:
         case = make_case(name, options, device, Path(scratch))
         print(
-            f"{name}: {case.rows} clips of {case.frames} frames, {tokens_per_step(case):,} tokens a step, "
-            f"{ends - time.monotonic():.0f} s for all variants",
+            f"{case.label}: {case.accumulate} x {case.rows} clips of {case.frames} frames, "
+            f"{tokens_per_step(case):,} tokens a step, {ends - time.monotonic():.0f} s for all variants",
             flush=True,
         )
         for variant in options.variants:
@@ -209,7 +211,8 @@ def make_case(name: str, options: Options, device: torch.device, scratch: Path) 
         scratch / "data", channels=options.channels, side=size.side, episodes=8 if toy else 64, frames=64
     )
     case = Case(
-        name, model, options.channels, size.side, options.frames, rows, device, data, options.compile, scratch
+        *(name, model, options.channels, size.side, options.frames, rows, device, data),
+        *(options.compile, scratch, options.accumulate),
     )
     return case if options.rows else replace(case, rows=rows_that_fit(case))
 
@@ -236,7 +239,7 @@ def planner(case: Case) -> Callable[[int], Any]:
     subject = replace_objective(subject)
     name = torch.cuda.get_device_name().lower() if case.bf16 else "h100"
     gpu = next((gpu for key, gpu in GPUS.items() if key in name.replace(" ", "")), GPUS["h100"])
-    return lambda rows: estimate(subject, Cluster(gpu), Layout("ddp", rows))
+    return lambda rows: estimate(subject, Cluster(gpu), Layout("ddp", rows, case.accumulate))
 
 
 def replace_objective(subject: Subject) -> Subject:
@@ -310,32 +313,33 @@ def rows_of(case: Case, found: Mapping[Any, Measured], matmul: float) -> dict[st
     speed = {name: tokens_per_step(case, one.rows) / one.step_s for name, one in found.items()}
     flops = training_flops(model, case.streams) / (case.streams.num_queries * model.tokens_per_frame)
     rows: dict[str, tuple[float, str]] = {}
+    per_step = f", {case.accumulate} micro-batches a step" if case.accumulate > 1 else ""
     for name, value in speed.items():
-        suffix = case.name if name == "ours" else f"{case.name}.{name}"
-        rows[f"{kind}.tok_s.{suffix}"] = (round(value, 1), "tokens/s")
+        suffix = case.label if name == "ours" else f"{case.label}.{name}"
+        rows[f"{kind}.tok_s.{suffix}"] = (round(value, 1), f"tokens/s{per_step}")
         rows[f"{kind}.memory_gib.{suffix}"] = (round(found[name].memory_gib, 3), "GiB")
         tflops = value * flops / 1e12
         if case.device.type == "cuda" and name != "naive_full":
-            rows[f"train.mfu.{suffix}"] = (round(100 * tflops / PEAK_TFLOPS, 2), "%")
+            rows[f"train.mfu.{suffix}"] = (round(100 * tflops / PEAK_TFLOPS, 2), f"%{per_step}")
         if name != "naive_full":
             rows[f"{kind}.matmul_share.{suffix}"] = (round(100 * tflops / matmul, 2), "%")
         for part, seconds in found[name].parts_s.items():
             rows[f"{kind}.part_ms.{suffix}.{part}"] = (round(1e3 * seconds, 3), "ms")
     if ours := found.get("ours"):
         if ours.wait_share is not None:
-            rows[f"{kind}.data_wait.{case.name}"] = (round(100 * ours.wait_share, 3), "%")
+            rows[f"{kind}.data_wait.{case.label}"] = (round(100 * ours.wait_share, 3), "%")
         for name in ("naive", "naive_compiled", "naive_full"):
             if name in speed:
-                rows[f"{kind}.ratio_{name}.{case.name}"] = (round(speed["ours"] / speed[name], 3), "x")
+                rows[f"{kind}.ratio_{name}.{case.label}"] = (round(speed["ours"] / speed[name], 3), "x")
         if case.device.type == "cuda":
             plan = planner(case)(ours.rows)
-            rows[f"plan.memory_error.{case.name}"] = (_error(plan.allocated_gib, ours.memory_gib), "%")
-            rows[f"plan.time_error.{case.name}"] = (_error(plan.seconds, ours.step_s), "%")
+            rows[f"plan.memory_error.{case.label}"] = (_error(plan.allocated_gib, ours.memory_gib), "%")
+            rows[f"plan.time_error.{case.label}"] = (_error(plan.seconds, ours.step_s), "%")
     if "bare" in speed:
         for name in ("ours", "zero1", "zero2", "zero3", "fsdp2"):
             if name in speed:
                 label = f"deepspeed_ratio.{name}" if name.startswith("zero") else f"bare_ratio.{name}"
-                rows[f"{kind}.{label}.{case.name}"] = (round(speed[name] / speed["bare"], 3), "x")
+                rows[f"{kind}.{label}.{case.label}"] = (round(speed[name] / speed["bare"], 3), "x")
     return rows
 
 
@@ -348,7 +352,7 @@ def tokens_per_step(case: Case, rows: int | None = None) -> int:
     shape = frame_shape(case.channels, case.side)
     special = 1 + shape.actions_per_frame + case.model.num_registers
     patches = shape.views * (case.side // case.model.patch_size) ** 2
-    return (rows or case.rows) * case.streams.num_queries * (patches + special)
+    return case.accumulate * (rows or case.rows) * case.streams.num_queries * (patches + special)
 
 
 def matmul_tflops(device: torch.device) -> float:

@@ -33,7 +33,7 @@ from vidworld.trainer.tasks import Moment, WorldTask
 from vidworld.trainer.transfer import Transfer
 
 Ours = Literal["ours", "muon", "half_residual", "bare", "zero1", "zero2", "zero3", "fsdp2"]
-Fused = Literal["fused", "fused_half", "fused_heads", "fused_mlp", "fused_residual"]
+Fused = Literal["fused", "fused_half", "fused_sdpa", "fused_heads", "fused_mlp", "fused_residual"]
 Variant = Ours | Fused | Literal["naive", "naive_compiled", "naive_full"]
 EMA_DECAY = 0.999
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -54,6 +54,13 @@ class Case:
     compiled: bool
     """Compile where the variant says so."""
     scratch: Path
+    accumulate: int = 1
+    """Micro-batches of `rows` clips in a step."""
+
+    @property
+    def label(self) -> str:
+        """What its rows are named by."""
+        return self.name if self.accumulate == 1 else f"{self.name}.accumulate{self.accumulate}"
 
     @property
     def streams(self) -> Streams:
@@ -125,6 +132,8 @@ def build(case: Case, variant: Variant) -> Stepper:
             return LoopStepper(
                 case, "ddp", residual="autocast" if variant == "fused_half" else "float32", kernels=KERNELS
             )
+        case "fused_sdpa":
+            return LoopStepper(case, "ddp", kernels=[name for name in KERNELS if name != "attention"])
         case "fused_heads" | "fused_mlp" | "fused_residual":
             return LoopStepper(case, "ddp", kernels=(variant.removeprefix("fused_"),))
         case "zero1" | "zero2" | "zero3" | "fsdp2":
@@ -155,20 +164,24 @@ class LoopStepper:
         if case.compiled:
             task.compile_parts()
         optim = OptimConfig(name="muon" if muon else "adamw", warmup_steps=1)
-        engine_config = EngineConfig(strategy=strategy, compile="on" if case.compiled else "off")
+        engine_config = EngineConfig(
+            strategy=strategy, compile="on" if case.compiled else "off", accumulation=case.accumulate
+        )
         self.launch = contextlib.ExitStack()
         if strategy != "ddp":
             self.launch.enter_context(launched())
         engine = build_engine(
             task, engine_config, optim, matrices=task.matrices() if muon else (), micro_batch_size=case.rows
         )
-        feed = clip_feed(case.data, loader_config(case), seed=0)
+        feed = clip_feed(case.data, loader_config(case), seed=0, accumulation=case.accumulate)
         run = case.scratch / f"run-{time.monotonic_ns()}"
         run.mkdir(parents=True)
         # Far from its end, so that the bootstrap has not begun and the rate is on its plateau.
         config = LoopConfig(steps=10**6, ema_decay=EMA_DECAY)
         log = RunLog(run, active=False, progress_bar=False)
-        self.loop = Loop(task, ema, feed, engine, optim, config, run=run, seed=0, log=log)
+        self.loop = Loop(
+            task, ema, feed, engine, optim, config, run=run, seed=0, accumulation=case.accumulate, log=log
+        )
         self.loop._batches = self.loop._open()
         self.mark: Callable[[str], None] = lambda name: None
         task.register_forward_hook(lambda *_: self.mark("forward"))
@@ -224,15 +237,16 @@ class BareStepper:
 
     def step(self, mark: Callable[[str], None]) -> None:
         """Forward, backward, clip, step."""
-        batch = next(self.batches)
-        mark("data")
-        generator = noise_generator(0, self.number, 0, self.case.device)
-        self.number += 1
-        with torch.autocast(self.case.device.type, torch.bfloat16, enabled=self.case.bf16):
-            loss = self.task(batch, generator, Moment())["loss"]
-        mark("forward")
-        loss.backward()
-        mark("backward")
+        for _ in range(self.case.accumulate):
+            batch = next(self.batches)
+            mark("data")
+            generator = noise_generator(0, self.number, 0, self.case.device)
+            self.number += 1
+            with torch.autocast(self.case.device.type, torch.bfloat16, enabled=self.case.bf16):
+                loss = self.task(batch, generator, Moment())["loss"] / self.case.accumulate
+            mark("forward")
+            loss.backward()
+            mark("backward")
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -264,6 +278,7 @@ class NaiveStepper:
         optimizer = torch.optim.AdamW(task.parameters(), lr=3e-4, betas=(0.9, 0.95))
         config = {
             "train_micro_batch_size_per_gpu": case.rows,
+            "gradient_accumulation_steps": case.accumulate,
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 2},
             "zero_allow_untested_optimizer": True,
@@ -275,16 +290,17 @@ class NaiveStepper:
 
     def step(self, mark: Callable[[str], None]) -> None:
         """What DeepSpeed's own examples do, and an average parameter by parameter."""
-        batch = next(self.batches)
-        mark("data")
-        generator = noise_generator(0, self.number, 0, self.case.device)
-        self.number += 1
-        loss = self.engine(batch, generator, Moment())["loss"]
-        mark("forward")
-        self.engine.backward(loss)
-        mark("backward")
-        self.engine.step()
-        mark("optimizer")
+        for _ in range(self.case.accumulate):
+            batch = next(self.batches)
+            mark("data")
+            generator = noise_generator(0, self.number, 0, self.case.device)
+            self.number += 1
+            loss = self.engine(batch, generator, Moment())["loss"]
+            mark("forward")
+            self.engine.backward(loss)
+            mark("backward")
+            self.engine.step()  # which DeepSpeed makes a step of only after the last
+            mark("optimizer")
         with torch.no_grad():
             for mean, parameter in zip(self.ema, self.net.parameters(), strict=True):
                 mean.mul_(EMA_DECAY).add_(parameter.data.float(), alpha=1 - EMA_DECAY)
@@ -302,13 +318,14 @@ class NaiveStepper:
 def loader_config(case: Case) -> LoaderConfig:
     """Clips of the case's length from the cache of two workers."""
     workers = 2 if case.device.type == "cuda" else 0
-    return LoaderConfig(clip_frames=case.frames, batch_size=case.rows, workers=workers, cache_gb=1.0)
+    clips = case.rows * case.accumulate
+    return LoaderConfig(clip_frames=case.frames, batch_size=clips, workers=workers, cache_gb=1.0)
 
 
 def device_batches(case: Case) -> Generator[Any, None, None]:
     """The same batches as in our loop, on the device."""
     transfer = Transfer(case.device)
-    for batch in clip_feed(case.data, loader_config(case), seed=0).open(0):
+    for batch in clip_feed(case.data, loader_config(case), seed=0, accumulation=case.accumulate).open(0):
         yield from transfer([batch])
 
 

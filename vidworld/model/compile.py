@@ -39,11 +39,11 @@ def compile_without_hooks(block: nn.Module) -> None:
 
 
 # What `fuse` can change, for measurements of one without the other.
-KERNELS = ("heads", "mlp", "residual")
+KERNELS = ("heads", "mlp", "residual", "attention")
 
 
 def fuse(model: CausalDiT, kernels: Collection[str] = KERNELS) -> CausalDiT:
-    """Let the blocks run the kernels of `fused` and `fused_residual` from now on: for training on CUDA.
+    """Let the blocks run the kernels of `fused`, `fused_attention` and `fused_residual`: to train on CUDA.
 
     The numbers are those of the plain code but for rounding. Nothing happens where there is no Triton, and
     none to heads whose halves are no power of two.
@@ -51,6 +51,8 @@ def fuse(model: CausalDiT, kernels: Collection[str] = KERNELS) -> CausalDiT:
     if find_spec("triton") is None:
         return model
     import vidworld.model.fused
+    import vidworld.model.fused_attention
+    import vidworld.model.fused_attention_long
     import vidworld.model.fused_residual  # noqa: F401
 
     half = model.config.head_dim // 2
@@ -60,5 +62,7 @@ def fuse(model: CausalDiT, kernels: Collection[str] = KERNELS) -> CausalDiT:
         elif isinstance(module, SwiGLU):
             module.fused = "mlp" in kernels
         elif isinstance(module, SelfAttention):
-            module.fused = "heads" in kernels and half >= 8 and half & (half - 1) == 0
+            fits = half >= 8 and half & (half - 1) == 0
+            module.fused = "heads" in kernels and fits
+            module.fused_attention = "attention" in kernels and fits
     return model

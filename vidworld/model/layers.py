@@ -4,6 +4,7 @@ Shapes: B batch, G sequences attended alone, n their length, D width, H query he
 dims.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +20,13 @@ from vidworld.model.rope import Rotation, rotate
 
 if TYPE_CHECKING:
     from vidworld.model.config import DiTConfig
+
+# `fused_attention` is for so few tokens and head dims: the gradients of two tiles of keys stay in registers,
+# which they do not at head dims of 128.
+SHORT_TOKENS, SHORT_DIMS = 128, 64
+# `fused_attention_long` is for fewer than so many: on an H100 it saves passes that at 262 tokens took as long
+# as cuDNN's gradient, but makes seven products of five. The one grows with n, the other with its square.
+LONG_TOKENS = 512
 
 
 class Axis(NamedTuple):
@@ -37,8 +45,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.fused = False
-        """Whether to run the kernels of `fused`."""
+        self.fused = self.fused_attention = False
+        """Whether to run the kernels of `fused`, and those of `fused_attention` where they pay."""
         members: dict[str, int] = {"members": config.members, "rank": config.member_rank}
         self.qkv = MemberLinear(config.width, sum(self.heads) * config.head_dim, **members)
         self.out = MemberLinear(config.width, config.width, **members)
@@ -58,8 +66,12 @@ class SelfAttention(nn.Module):
 
         Without `commit` the latter may be missing.
         """
-        if self.fused and past is None and not commit:
-            return self._fused_forward(x_GnD, axis, member_B), None
+        if past is None and not commit:
+            if self.fused_attention and (inside := self._inside(x_GnD, axis)) is not None:
+                mixed_GnD = inside(*self._operands(x_GnD, axis, member_B))[0]
+                return self.out(mixed_GnD, member_B), None
+            if self.fused:
+                return self._fused_forward(x_GnD, axis, member_B), None
         q_GHnd, new = self.project(x_GnD, member_B)
         k_Ghnd, v_Ghnd = new if past is None else map(_join_time, past, new)
         mixed_GHnd = attend(
@@ -69,13 +81,26 @@ class SelfAttention(nn.Module):
 
     def _fused_forward(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> Tensor:
         """The same in fewer passes over memory."""
-        scales_2d = torch.stack([self.query_scale_d, self.key_scale_d]).float()
-        angles_2nd = torch.stack([torch.cat(rotation, dim=-1) for rotation in (axis.query, axis.key)]).float()
-        q_GHnd, k_Ghnd, v_Ghnd = torch.ops.vidworld.split_heads(
-            self.qkv(x_GnD, member_B), scales_2d, angles_2nd, *self.heads[:2]
-        )
+        q_GHnd, k_Ghnd, v_Ghnd = torch.ops.vidworld.split_heads(*self._operands(x_GnD, axis, member_B))
         mixed_GHnd = attend(q_GHnd, k_Ghnd, v_Ghnd, axis.mask, axis.backend)
         return self.join_heads(mixed_GHnd, member_B)
+
+    def _inside(self, x_GnD: Tensor, axis: Axis) -> Callable[..., tuple[Tensor, ...]] | None:
+        """The kernel for attention inside sequences of this size, if all see all and it pays."""
+        narrow = compute_dtype(x_GnD).itemsize == 2 or not x_GnD.is_cuda
+        if axis.mask is not None or axis.backend != "sdpa" or not narrow:
+            return None
+        if not 16 <= x_GnD.shape[1] < LONG_TOKENS:
+            return None
+        if x_GnD.shape[1] < SHORT_TOKENS and self.head_dim <= SHORT_DIMS:
+            return torch.ops.vidworld.short_attention
+        return torch.ops.vidworld.long_attention
+
+    def _operands(self, x_GnD: Tensor, axis: Axis, member_B: Tensor | None) -> tuple[Tensor | int, ...]:
+        """What the kernels take: the projection, scales [2, d], angles [2, n, d], and numbers of heads."""
+        scales_2d = torch.stack([self.query_scale_d, self.key_scale_d]).float()
+        angles_2nd = torch.stack([torch.cat(rotation, dim=-1) for rotation in (axis.query, axis.key)]).float()
+        return self.qkv(x_GnD, member_B), scales_2d, angles_2nd, *self.heads[:2]
 
     def project(self, x_GnD: Tensor, member_B: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         """Queries [G, H, n, d], keys and values [G, h, n, d]; normalised and not rotated."""
