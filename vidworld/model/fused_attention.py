@@ -28,7 +28,7 @@ from vidworld.model.fused import EPS, _load_pair, _normal_factor, _store_pair
 from vidworld.model.stream_kernels import INTERPRETED, LOG2_E, _normal, _product, _turn
 
 LAUNCH: dict[str, dict[str, int]] = {
-    "forward": {"ROWS": 64, "num_warps": 4, "num_stages": 1},
+    "forward": {"ROWS": 64, "num_warps": 4, "num_stages": 2},
     "backward": {"ROWS": 64, "num_warps": 4, "num_stages": 1},
 }
 """Queries of a tile, and how programs are compiled; `tools/bench/kernels_attention.py` tries more."""

@@ -132,12 +132,11 @@ def _tile(width: int) -> dict[str, int]:
 def forward_tile(frames: int, tokens: int, width: int) -> dict[str, int]:
     """Sizes for the forward pass, which need not be the backward's: it keeps no sums of a chunk.
 
-    With few frames each program takes one small tile.
+    A program takes one tile, a smaller one with few frames.
     """
     tile = _tile(width)
-    if frames * triton.cdiv(tokens, CHUNK) >= FULL_GPU:
-        return tile
-    rows = max(1, TILE // 2 // tile["COLUMNS"])
+    full = frames * triton.cdiv(tokens, CHUNK) >= FULL_GPU
+    rows = max(1, TILE // (1 if full else 2) // tile["COLUMNS"])
     return tile | {"CHUNK": rows, "ROWS": rows, "num_warps": 4}
 
 
