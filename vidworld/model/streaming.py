@@ -205,6 +205,7 @@ class StreamedDiT:
             if unread:
                 assert isinstance(stream, Tensor)
                 frames, stream = frames[:, 1:], stream[:, 1:]
+                previous = None if previous is None else previous[:, 1:]
                 if not frames.num_frames:
                     return frames
                 parts_of = [tuple(part[:, 1:] for part in parts) for parts in parts_of]
