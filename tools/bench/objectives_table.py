@@ -84,7 +84,7 @@ def markdown(found: Sequence[Found]) -> str:
     for key in keys_of(found):
         name, _, steps = key.rpartition(".k")
         counts = [one["steps"][name] for one in found if name in one["steps"]]
-        cells = [name, steps, f"{statistics.fmean(counts):,.0f}"]
+        cells = [name, steps, f"{statistics.fmean(counts):,.0f}" if counts else ""]
         for metric, _ in COLUMNS:
             values = values_of(found, key, metric)
             if not values:
