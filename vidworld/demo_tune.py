@@ -67,7 +67,8 @@ def write_config(path: Path, data: Path, minutes: float, spec: WorldSpec) -> Non
         "wandb": "off",
         "model": to_mapping(spec.model),
         "objective": {
-            "kind": "regression", "resample_fraction": 0.5, "resample_passes": 2, "resample_start": 0.0,
+            "kind": "regression", "context_noise": 0.0 if spec.model.copy_gate else 0.3,
+            "resample_fraction": 0.5, "resample_passes": 2, "resample_start": 0.0,
         },
         "sampler": {"steps": 1} | {
             name: own[name] for name in ("method", "context_noise", "sink", "guidance")
