@@ -140,8 +140,8 @@ def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Optio
             "--noise", got="model", expected="start or none: the network has no noise input (noise_dims)"
         )
     halves = tuple(_by_member(half) for half in _halves(prepared))
-    passes = 2 + (0 if source == "none" else options.rounds)
-    steps = len(prepared) * 2 + len(halves[0]) * (passes - 2)
+    fits = source != "none"
+    steps = len(prepared) * (1 + fits) + len(halves[0]) * options.rounds * fits
     with tqdm(total=steps, unit="window", desc="calibrate", disable=None) as bar:
 
         def imagine(
@@ -153,8 +153,8 @@ def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Optio
             bar.set_postfix_str(f"mismatch {one.mismatch:.3f}, CRPS x{one.crps:.3f}", refresh=False)
 
         scale, tried = None, []
-        before = [imagine(half, None) for half in halves]
-        if source != "none":
+        before = [imagine(half, None, pixels=not fits) for half in halves]
+        if fits:
             unscaled = iter([before[0]])
             scale, tried = fit_scale(
                 lambda one: imagine(halves[0], one) if one else next(unscaled),
@@ -162,7 +162,7 @@ def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Optio
                 rounds=options.rounds,
                 report=tell,
             )
-        first, second = (imagine(half, scale, pixels=True) for half in halves)
+        first, second = (imagine(half, scale, pixels=True) for half in halves) if fits else before
     return Calibration(
         weights_sha256="",
         world=world.spec.digest,
