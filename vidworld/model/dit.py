@@ -321,7 +321,10 @@ class CausalDiT(nn.Module):
         embodiment_B: Tensor,
         previous: Frames | None,
     ) -> Frames:
-        """Clean frames read off the tokens, and by the gate off the frames before them."""
+        """Clean frames [B, T] read off the tokens [B, T, N, D], and by the gate off `previous`.
+
+        previous: the frame before each [B, T], as the context shows it; for models with `copy_gate`.
+        """
         _, x_BTND = read(x_BTND, *parts, fused=isinstance(x_BTND, Stream))
         patches_BTMP = self.patch_head(x_BTND[:, :, : self.num_patches])
         proprio_BTS = self.proprio_head(x_BTND[:, :, self.num_patches], embodiment_B)

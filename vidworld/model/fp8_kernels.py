@@ -11,14 +11,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from vidworld.model.fp8 import E4M3
-from vidworld.model.fused import EPS
-from vidworld.model.fused_residual import (
-    _forward_kernel,
-    _rounded_to_fp8,
-    _rows,
-    _strides_of_frames,
-    forward_tile,
-)
+from vidworld.model.fused_residual import _rounded_to_fp8, _rows, launch_forward
 
 
 @triton_op("vidworld::add_modulate_fp8", mutates_args=())
@@ -31,16 +24,8 @@ def add_modulate_fp8(
     out = x_BTND.new_empty(batch, frames, tokens, width)
     h = x_BTND.new_empty(batch, frames, tokens, width, dtype=E4M3)
     scales = x_BTND.new_empty(batch, frames, tokens, 1, dtype=torch.float32)
-    (gate, of_gate), (shift, of_shift), (scale, of_scale) = map(
-        _strides_of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
-    )
-    tile = forward_tile(batch * frames, tokens, width)
-    chunks = triton.cdiv(tokens, tile["CHUNK"])
-    wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
-        x_BTND, y_BTND, gate, shift, scale, out, h, scales,
-        *x_BTND.stride()[:3], *y_BTND.stride()[:3], *h.stride()[:3], *of_gate, *of_shift, *of_scale,
-        frames, tokens, chunks, width, **tile, EPS=EPS, FP8=True,
-    )  # fmt: skip
+    parts = gate_BT1D, shift_BT1D, scale_BT1D
+    launch_forward(x_BTND, y_BTND, parts, out, h, h.stride()[:3], scales, fp8=True)
     return out, h, scales
 
 

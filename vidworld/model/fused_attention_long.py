@@ -24,7 +24,7 @@ from torch.library import triton_op, wrap_triton
 
 from vidworld.model.fused import EPS
 from vidworld.model.fused_attention import _turned, _turned_backward
-from vidworld.model.stream_kernels import INTERPRETED, LOG2_E, _product
+from vidworld.model.stream_kernels import INTERPRETED, LOG2_E, _product, _softmax_step
 
 LAUNCH: dict[str, dict[str, int]] = {
     "forward": {"ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 2},
@@ -72,17 +72,12 @@ def _block(k, v, start, length, Y: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.co
 @triton.jit
 def _mix(q, k, v, start, length, most, total, mixed, Y: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
          REST: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """One step of the running softmax."""
+    """A step over a block of keys."""
     of_k, of_v = _block(k, v, start, length, Y, KEYS, DIMS, REST)
     scores = _product(q, tl.trans(of_k), WIDE) * SCALE
     if REST:
         scores = tl.where((start + tl.arange(0, KEYS))[None, :] < length, scores, float("-inf"))
-    new_most = tl.maximum(most, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_most[:, None])
-    fade = tl.exp2(most - new_most)
-    total = total * fade + tl.sum(weights, 1)
-    mixed = mixed * fade[:, None] + _product(weights.to(of_v.dtype), of_v, WIDE)
-    return new_most, total, mixed
+    return _softmax_step(scores, of_v, most, total, mixed, WIDE)
 
 
 @triton.jit

@@ -172,6 +172,29 @@ def _branch(like: Tensor, y_BTND: Tensor, by_token: bool) -> tuple[Tensor, tuple
     return memory, (memory.stride(0), memory.stride(1), memory.stride(2)), memory
 
 
+def launch_forward(
+    x_BTND: Tensor,
+    y_BTND: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    out_BTND: Tensor,
+    memory: Tensor,
+    strides: tuple[int, ...],
+    factors: Tensor,
+    *,
+    fp8: bool,
+) -> None:
+    """Run `_forward_kernel` on gate, shift and scale [B, T, 1, D]; it fills `out`, `memory` and `factors`."""
+    batch, frames, tokens, width = x_BTND.shape
+    (gate, of_gate), (shift, of_shift), (scale, of_scale) = map(_strides_of_frames, parts)
+    tile = forward_tile(batch * frames, tokens, width)
+    chunks = triton.cdiv(tokens, tile["CHUNK"])
+    wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
+        x_BTND, y_BTND, gate, shift, scale, out_BTND, memory, factors,
+        *x_BTND.stride()[:3], *y_BTND.stride()[:3], *strides, *of_gate, *of_shift, *of_scale,
+        frames, tokens, chunks, width, **tile, EPS=EPS, FP8=fp8,
+    )  # fmt: skip
+
+
 @triton_op("vidworld::add_modulate", mutates_args=())
 def add_modulate(
     x_BTND: Tensor, y_BTND: Tensor, gate_BT1D: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor, by_token: bool
@@ -186,16 +209,8 @@ def add_modulate(
     out = x_BTND.new_empty(batch, frames, tokens, width)
     memory, h_strides, h = _branch(x_BTND, y_BTND, by_token)
     factors = x_BTND.new_empty(batch, frames, tokens, dtype=torch.float32)
-    (gate, of_gate), (shift, of_shift), (scale, of_scale) = map(
-        _strides_of_frames, (gate_BT1D, shift_BT1D, scale_BT1D)
-    )
-    tile = forward_tile(batch * frames, tokens, width)
-    chunks = triton.cdiv(tokens, tile["CHUNK"])
-    wrap_triton(_forward_kernel)[(batch * frames * chunks,)](  # type: ignore[index]
-        x_BTND, y_BTND, gate, shift, scale, out, memory, factors,
-        *x_BTND.stride()[:3], *y_BTND.stride()[:3], *h_strides, *of_gate, *of_shift, *of_scale,
-        frames, tokens, chunks, width, **tile, EPS=EPS, FP8=False,
-    )  # fmt: skip
+    parts = gate_BT1D, shift_BT1D, scale_BT1D
+    launch_forward(x_BTND, y_BTND, parts, out, memory, h_strides, factors, fp8=False)
     return out, h, factors
 
 

@@ -84,16 +84,22 @@ def _keys(qkv, key, kv, length, k_scale, cos, sin,
 
 
 @triton.jit
-def _look(q_first, q_second, k_first, k_second, v, key, most, total, mixed, length,
-          SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """One step of the running softmax of arXiv 2205.14135, algorithm 1."""
-    scores = _scores(q_first, q_second, k_first, k_second, key, length, SCALE, WIDE)
+def _softmax_step(scores, v, most, total, mixed, WIDE: tl.constexpr):
+    """One step of the running softmax to base 2 (arXiv 2205.14135, algorithm 1)."""
     new_most = tl.maximum(most, tl.max(scores, 1))
     weights = tl.exp2(scores - new_most[:, None])
     fade = tl.exp2(most - new_most)
     total = total * fade + tl.sum(weights, 1)
     mixed = mixed * fade[:, None] + _product(weights.to(v.dtype), v, WIDE)
     return new_most, total, mixed
+
+
+@triton.jit
+def _look(q_first, q_second, k_first, k_second, v, key, most, total, mixed, length,
+          SCALE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """A step over a block of keys."""
+    scores = _scores(q_first, q_second, k_first, k_second, key, length, SCALE, WIDE)
+    return _softmax_step(scores, v, most, total, mixed, WIDE)
 
 
 @triton.jit
@@ -296,8 +302,8 @@ class RingTiles(NamedTuple):
     num_warps: int
 
 
-def ring_tiles(programs: int, heads: int, slots: int) -> RingTiles:
-    """By programs if each had one token, and padded query heads and slots of each.
+def ring_tiles(heads: int, slots: int) -> RingTiles:
+    """By padded query heads of a key-value head, and padded slots.
 
     Matrix units multiply tiles of 16 rows. Tokens that fill half of one were fastest on an H100, from 262 to
     17,920 sequences: more keep too much in registers.
@@ -334,7 +340,7 @@ def ring_attention(
     qkv_BFNY = qkv_BFNY.contiguous()
     out = qkv_BFNY.new_empty(batch, frames - unread, tokens, num_heads * dims)
     heads, padded = triton.next_power_of_2(num_heads // num_kv_heads), triton.next_power_of_2(slots)
-    together, num_warps = ring_tiles(sequences * num_kv_heads, heads, padded)
+    together, num_warps = ring_tiles(heads, padded)
     # Matrix units multiply tiles of 16.
     padded = max(padded, 16 // together)
     _ring_attention_kernel[(triton.cdiv(sequences, together) * num_kv_heads,)](  # type: ignore[index]
