@@ -84,7 +84,9 @@ class Host:
         """Start a process that sees one GPU."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
         if self.options.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu % self.options.gpus)
+            shown = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            names = shown or [str(number) for number in range(self.options.gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = names[gpu % min(self.options.gpus, len(names))]
         log = (self.options.figures / f"{name}.log").open("wb")
         command = [sys.executable, *map(str, words)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
