@@ -67,6 +67,15 @@ def deviation(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> fl
     return max(float((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-12)) for n in want)
 
 
+def agrees(fused: CausalDiT, plain: CausalDiT) -> bool:
+    """In float32, or on CUDA in bfloat16: attention there has kernels of ours for nothing else."""
+    exact = gradients(plain)
+    if DEVICE == "cpu":
+        return deviation(gradients(fused), exact) < 2e-5
+    allowed = 1.25 * deviation(gradients(plain, half=True), exact)
+    return deviation(gradients(fused, half=True), exact) < allowed
+
+
 @pytest.mark.parametrize("kernels", [(name,) for name in KERNELS] + [KERNELS])
 def test_kernels_agree_with_the_plain_code(kernels: tuple[str, ...]) -> None:
     plain = make_model()
@@ -121,7 +130,6 @@ def test_attention_agrees_with_its_definition(
 
 def test_blocks_run_the_kernels_of_long_sequences_beyond_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_model()
-    want = gradients(plain)
     monkeypatch.setattr(layers, "SHORT_TOKENS", 0)
     called = []
     kernel = torch.ops.vidworld.long_attention
@@ -131,7 +139,7 @@ def test_blocks_run_the_kernels_of_long_sequences_beyond_short_ones(monkeypatch:
         return kernel(*inputs)
 
     monkeypatch.setattr(torch.ops.vidworld, "long_attention", counted)
-    assert deviation(gradients(fuse(plain, ("attention",))), want) < 2e-5
+    assert agrees(fuse(copy.deepcopy(plain), ("attention",)), plain)
     assert len(called) == 2, "space attention of two blocks"
 
 
@@ -153,9 +161,9 @@ def test_bfloat16_is_as_near_to_float32_as_in_the_plain_code(residual: str) -> N
 @pytest.mark.skipif(DEVICE == "cpu", reason="a compiler traces into the kernels, which cannot be interpreted")
 def test_compiled_blocks_run_the_kernels_in_one_graph() -> None:
     plain = make_model()
-    want = gradients(plain)
-    compile_blocks(fuse(plain))
-    assert deviation(gradients(plain), want) < 2e-5
+    fused = compile_blocks(fuse(copy.deepcopy(plain)))
+    assert deviation(gradients(fused), gradients(plain)) < 2e-5
+    assert agrees(fused, plain)
 
 
 def test_checkpointed_blocks_give_the_same() -> None:

@@ -26,7 +26,7 @@ from typing import get_args
 import flagship_pictures
 import numpy as np
 import torch
-from flagship_measures import Case, Imagined, lpips, moving_error, picture_rows
+from flagship_measures import Case, Imagined, moving_error, picture_rows
 from flagship_oracle import finished, oracle_of
 from table import add_rows, cpu_name
 
@@ -39,6 +39,7 @@ from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.lab_truth import kind_of, read_truth
 from vidworld.evaluation.metrics import psnr
 from vidworld.evaluation.oracle import Foreseen, OracleConfig, Recorded
+from vidworld.evaluation.perceptual import Lpips
 from vidworld.evaluation.readout import Readout, load_readout
 from vidworld.evaluation.skill import Skill, headline_errors, in_words, ruler_error, skills, too_blunt
 from vidworld.evaluation.windows import spaced
@@ -88,6 +89,8 @@ class Options:
     """Processes for the oracle."""
     budget_s: float = 540.0
     """Nothing new begins after so many seconds."""
+    lpips: Path | None = None
+    """Weights that tools/lpips_weights.py wrote; without them LPIPS is left out."""
     docs: Path | None = None
     """Where images/flagship-*.jpg and flagship-blind-key.json go."""
     record: Path = Path("outputs/flagship")
@@ -134,6 +137,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
     options = parse(Options, arguments, prog=prog)
     rows = Rows(options, arguments)
     world, readout = load(options.run, options.device), load_readout(options.readout, options.device or "cpu")
+    perceptual = None if options.lpips is None else Lpips.read(options.lpips, world.device).of_pictures
     cases = {kind: read_cases(world, data, kind, options) for kind, data in datasets(options).items()}
     missing = [kind for kind in cases if kind not in readout.kinds]
     if missing:
@@ -153,7 +157,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         imagined: dict[str, dict[str, list[Imagined]]] = {}
         for prefix, chosen in ways.items():
             engine, imagined[prefix] = RolloutEngine(world, sampler=chosen), {}
-            measure = lpips() if prefix == "flagship" else None
+            measure = perceptual if prefix == "flagship" else None
             for kind, of_kind in cases.items():
                 if rows.left_s < 0:
                     print(f"left out for want of time: {kind} of {prefix}", flush=True)

@@ -3,12 +3,10 @@
 Shapes: M samples, T frames at the horizons, H W pixels, C channels, A action dims.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from vidworld.evaluation.futures import through_tokenizer
 from vidworld.evaluation.grounding import Grounding
@@ -62,7 +60,7 @@ def picture_rows(
     cases: Sequence[Case],
     imagined: Sequence[Imagined],
     horizons: Sequence[int],
-    perceptual: Any,
+    perceptual: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
     prefix: str = "flagship",
 ) -> dict[str, tuple[float, str]]:
     """PSNR, SSIM and LPIPS, beside the last frame held and the tokenizer; the ratio of wrong commands."""
@@ -88,7 +86,7 @@ def picture_rows(
                 values.setdefault(f"lpips{who}", []).append(perceptual(frames_MTHWC, true_MTHWC))
         wrong.append(square_error(found.shuffled_THWC, true_THWC))
         right.append(square_error(found.frames_MTHWC[0], true_THWC))
-    units = {"psnr": "dB", "psnr_moving": "dB, of pixels that move", "ssim": "1", "lpips": "LPIPS"}
+    units = {"psnr": "dB", "psnr_moving": "dB, of pixels that move", "ssim": "1", "lpips": "1"}
     rows = {
         f"{prefix}.{name}.{kind}.h{horizon}": (
             float(np.nanmean(column)),
@@ -121,27 +119,3 @@ def moving_error(frames_MTHWC: np.ndarray, true_THWC: np.ndarray, last_HWC: np.n
 def square_error(frames_THWC: np.ndarray, true_THWC: np.ndarray) -> float:
     """Mean over pixels and frames."""
     return float(np.square(frames_THWC / 255.0 - true_THWC / 255.0).mean())
-
-
-def lpips() -> Any:
-    """LPIPS (arXiv 1801.03924) of uint8 videos -> [T]; None, with a line that says why, without weights."""
-    try:
-        from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity as distance
-
-        def measure(frames_MTHWC: np.ndarray, true_MTHWC: np.ndarray) -> np.ndarray:
-            a, b = (
-                torch.from_numpy(np.array(video)).movedim(-1, -3).float() / 127.5 - 1
-                for video in (frames_MTHWC, true_MTHWC)
-            )
-            return np.array(
-                [
-                    float(distance(a[:, t], b[:, t], net_type="alex", reduction="mean"))
-                    for t in range(a.shape[1])
-                ]
-            )
-
-        measure(*np.zeros((2, 1, 1, 64, 64, 3), np.uint8))
-    except Exception as error:  # whatever keeps the weights from being there
-        print(f"no LPIPS: {' '.join(str(error).split())[:160]}", flush=True)
-        return None
-    return measure

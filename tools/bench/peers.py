@@ -46,6 +46,7 @@ from vidworld.world.load import load
 Who = Literal["ours", "plain", "edm"]
 MEASURED = "measured-{}.json"
 """One a contender, so that several GPUs of a kind can share --work."""
+ORDER: tuple[Who, ...] = ("ours", "plain", "edm")
 UNTIMED_STEPS = 3
 
 
@@ -139,7 +140,7 @@ class Bench:
 
 
 def main(arguments: Sequence[str], prog: str) -> None:
-    """Train what is not trained yet, then measure all."""
+    """Train what is not trained yet, and measure each as soon as it is: little is lost when time ends."""
     options = parse(Options, arguments, prog=prog)
     bench = Bench(options, arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -153,24 +154,21 @@ def main(arguments: Sequence[str], prog: str) -> None:
     )
     parameters = sum(parameter.numel() for parameter in world.model.parameters())
     corpus: Corpus | None = None
-    for who in (who for who in ("plain", "edm") if who in options.contenders):
-        minutes = options.minutes + (options.tokenizer_minutes if who == "edm" else 0)
-        if is_trained(bench, who, minutes):
-            continue
-        if not bench.has(60 * minutes + (30 if corpus else 90), f"training {who}"):
-            return
-        corpus = corpus or peers_data.corpus(
-            datasets,
-            world,
-            latents_of(options, run),
-            options.device,
-            most_gb=options.frames_gb,
-            most_episodes=options.train_episodes,
-        )
-        train_peer(bench, who, make_peer(who, world, parameters), corpus, minutes)
-    del corpus
     found = read_measured(options)
-    for who in options.contenders:
+    for who in (who for who in ORDER if who in options.contenders):
+        minutes = options.minutes + (options.tokenizer_minutes if who == "edm" else 0)
+        if who != "ours" and not is_trained(bench, who, minutes):
+            if not bench.has(60 * minutes + (30 if corpus else 90), f"training {who}"):
+                return
+            corpus = corpus or peers_data.corpus(
+                datasets,
+                world,
+                latents_of(options, run),
+                options.device,
+                most_gb=options.frames_gb,
+                most_episodes=options.train_episodes,
+            )
+            train_peer(bench, who, make_peer(who, world, parameters), corpus, minutes)
         if any(name.partition(".")[0] == who for name in found):
             continue
         if not bench.has(90 if bench.gpu else 20, f"measuring {who}"):

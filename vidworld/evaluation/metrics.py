@@ -6,7 +6,7 @@ tables. Distortion favours the blurry mean, so sharpness and spread are told apa
 samples, of their mean and median, and of the best one, beside the CRPS.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,7 @@ def video_metrics(
     last_HWC: np.ndarray,
     *,
     reconstruction_THWC: np.ndarray | None = None,
+    perceptual: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Picture metrics of one episode and view for each frame of the horizon, name -> [T].
 
@@ -115,6 +116,7 @@ def video_metrics(
     psnr and ssim are means over samples; psnr_mean and psnr_median are of the pixel mean and median of the
     samples; psnr_best is of the sample that is best over the whole horizon; crps is fair and in units of the
     picture's range; psnr_copy, ssim_copy, psnr_bound, ssim_bound are those of the baseline and of the bound.
+    With a `perceptual` distance of pictures, such as `Lpips.of_pictures`, lpips, lpips_copy and lpips_bound.
     """
     if samples_MTHWC.ndim != 5 or samples_MTHWC.shape[1:] != truth_THWC.shape or not samples_MTHWC.size:
         raise ValueError(
@@ -136,6 +138,11 @@ def video_metrics(
     if reconstruction_THWC is not None:
         metrics["psnr_bound"] = psnr(reconstruction_THWC, truth)
         metrics["ssim_bound"] = ssim(reconstruction_THWC, truth)
+    if perceptual is not None:
+        metrics["lpips"] = perceptual(samples, truth).mean(0)
+        metrics["lpips_copy"] = perceptual(_unit(last_HWC), truth)
+        if reconstruction_THWC is not None:
+            metrics["lpips_bound"] = perceptual(reconstruction_THWC, truth)
     return metrics
 
 

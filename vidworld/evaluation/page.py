@@ -163,8 +163,10 @@ def _pictures(report: Report, metrics: Mapping[str, Any]) -> None:
     names = {
         "psnr": "sample", "psnr_mean": "pixel mean", "psnr_median": "median", "psnr_best": "best",
         "psnr_copy": "held", "psnr_bound": "bound", "gain": "gain", "ssim": "SSIM", "ssim_copy": "SSIM held",
+        "lpips": "LPIPS", "lpips_copy": "LPIPS held",
     }  # fmt: skip
     table = metrics["pictures"]["all"]
+    names = {name: told for name, told in names.items() if name in table["mean"]}
     report.table(
         ["frame", *names.values()],
         [

@@ -25,6 +25,7 @@ from vidworld.evaluation.disagreement import Spread, spread_of
 from vidworld.evaluation.futures import Rolled, Roller, roll_out, through_tokenizer
 from vidworld.evaluation.metrics import appearance, proprio_metrics, video_metrics
 from vidworld.evaluation.outcomes import read_outcomes
+from vidworld.evaluation.perceptual import Lpips
 from vidworld.evaluation.readout import Readout, load_readout
 from vidworld.evaluation.strata import contact, kind_of_lab, strata
 from vidworld.evaluation.windows import (
@@ -134,6 +135,7 @@ def measure(
     """
     plan = plan or plan_windows(dataset, world.spec, settings)
     readout = None if settings.readout is None else load_readout(settings.readout, world.device)
+    perceptual = None if settings.lpips is None else Lpips.read(settings.lpips, world.device).of_pictures
     shown = _shown(plan, settings.clips)
     batch = settings.batch or _rows_at_once(world, settings)
     engine = engine or RolloutEngine(world, sampler=settings.sampler(world.spec.sampler))
@@ -151,7 +153,7 @@ def measure(
             while chunk := list(itertools.islice(paired, max(1, batch // futures))):
                 rollouts = roll_out(engine, settings, chunk, first=len(measured), batch=batch, shown=shown)
                 encoded = [through_tokenizer(world, recorded.frames_TVHWC) for recorded, _ in chunk]
-                compare = partial(_compare, world.spec, settings, readout)
+                compare = partial(_compare, world.spec, settings, readout, perceptual)
                 compared = pool.map(compare, chunk, rollouts, encoded)
                 for pair, rolled, (latents_TVChw, _), found in zip(
                     chunk, rollouts, encoded, compared, strict=True
@@ -199,6 +201,7 @@ def _compare(
     spec: WorldSpec,
     settings: Settings,
     readout: Readout | None,
+    perceptual: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
     pair: tuple[Recorded, Recorded | None],
     rolled: Rolled,
     encoded: tuple[Tensor, np.ndarray],
@@ -216,7 +219,9 @@ def _compare(
                 rolled.video_MTVHWC[:, :, v],
             )
         )
-        found = video_metrics(samples_MTHWC, truth_THWC, before_HWC, reconstruction_THWC=bound_THWC)
+        found = video_metrics(
+            *(samples_MTHWC, truth_THWC, before_HWC), reconstruction_THWC=bound_THWC, perceptual=perceptual
+        )
         found["gain"] = found["psnr"] - found["psnr_copy"]
         found["mse"] = _square_error(samples_MTHWC, truth_THWC).mean(0)
         found["mse_first"] = _square_error(samples_MTHWC[0], truth_THWC)

@@ -22,7 +22,7 @@ HEADLINES = (8, 16, 48)
 
 PICTURE_METRICS = (
     "psnr", "psnr_mean", "psnr_median", "psnr_best", "psnr_copy", "psnr_bound", "gain",
-    "ssim", "ssim_copy", "ssim_bound", "crps", "mse", "mse_copy",
+    "ssim", "ssim_copy", "ssim_bound", "lpips", "lpips_copy", "lpips_bound", "crps", "mse", "mse_copy",
 )  # fmt: skip
 
 COLLAPSED = {"contrast": (0.6, "grey"), "sharpness": (0.4, "blurred"), "motion": (0.3, "frozen")}
@@ -87,7 +87,7 @@ def _rows(
 
 def _pictures(measured: Sequence[Measured], horizons: Sequence[int]) -> dict[str, Any]:
     """Means; for the gain also the median, and that of the pooled error, which still windows do not sway."""
-    rows = [{name: found[name] for name in PICTURE_METRICS} for found, _ in _rows(measured)]
+    rows = [{name: found[name] for name in PICTURE_METRICS if name in found} for found, _ in _rows(measured)]
     table = horizon_table(rows, horizons)
     table["windows"] = table.pop("episodes")
     mean = table["mean"]
@@ -150,6 +150,8 @@ def _summary(
         summary[f"psnr.f{horizon}"] = mean["psnr"][place]
         summary[f"psnr_copy.f{horizon}"] = mean["psnr_copy"][place]
         summary[f"psnr_bound.f{horizon}"] = mean["psnr_bound"][place]
+        if "lpips" in mean:
+            summary[f"lpips.f{horizon}"] = mean["lpips"][place]
         summary[f"shuffle_ratio.f{horizon}"] = actions["shuffled"] and actions["shuffled"]["ratio"][place]
     summary["shuffle_ratio"] = actions["shuffled"] and actions["shuffled"]["ratio_all"]
     for name in LOOKS:

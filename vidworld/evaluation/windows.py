@@ -70,6 +70,8 @@ class Settings:
     """Verify whether the spread of the samples is honest; wants many (--samples 32)."""
     readout: Path | None = None
     """Readout (see vidworld readout) with which --calibration also reads outcomes and events of lab data."""
+    lpips: Path | None = None
+    """Weights with which pictures are also compared by LPIPS (`python tools/lpips_weights.py FILE`)."""
     rank_scenes: bool = False
     """Of an ensemble: rank the windows by what is unknown in them, for what to collect next (scenes.csv)."""
     drift: int | None = None
