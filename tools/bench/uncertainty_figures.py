@@ -1,6 +1,6 @@
 """Pictures of what uncertainty.py found: reliability, fan charts, the hidden mass, shifted episodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,20 @@ def fans(found: Sequence[Kind], path: Path) -> bool:
 def hidden_mass(
     futures: Futures | None, narrowing: Narrowing | None, mass: Mass | None, leads: Sequence[int], path: Path
 ) -> None:
-    """Outcomes before contact, the spread as frames are shown, and the ranks of a probed mass."""
+    """Outcomes before contact, the spread as frames are shown, the ranks of a probed mass: what there is."""
+    panels: list[Callable[[Axes], None]] = []
+    if futures is not None and futures.shown:
+        panels.append(lambda ax: _outcomes(ax, futures, leads))
+    if narrowing is not None:
+        panels.append(lambda ax: _narrowing(ax, narrowing))
+    if mass is not None:
+        panels.append(lambda ax: _mass(ax, mass))
+    if not panels:
+        return
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(3, 1, 3.9, 3.3)
-        for ax in axes:
-            ax.set_axis_off()
-        if futures is not None and futures.shown:
-            axes[0].set_axis_on()
-            _outcomes(axes[0], futures, leads)
-        if narrowing is not None:
-            axes[1].set_axis_on()
-            _narrowing(axes[1], narrowing)
-        if mass is not None:
-            axes[2].set_axis_on()
-            _mass(axes[2], mass)
+        figure, axes = _figure(len(panels), 1, 3.9, 3.3)
+        for ax, paint in zip(axes, panels, strict=True):
+            paint(ax)
         _write(figure, path)
 
 
