@@ -8,7 +8,7 @@ scene. Commands are the episode's own, then those of other episodes in turn, all
 Shapes: N rollouts, T frames, V views, H W pixels, A action dims.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,18 @@ class Reference:
 
 
 def drift(
-    world: WorldModel, dataset: ShardDataset, settings: Settings, windows: Sequence[Window], frames: int
+    world: WorldModel,
+    dataset: ShardDataset,
+    settings: Settings,
+    windows: Sequence[Window],
+    frames: int,
+    *,
+    watch: Callable[[int, int, np.ndarray], object] | None = None,
 ) -> dict[str, Any]:
     """Roll out up to 8 episodes of one robot for `frames` frames and measure each; plain JSON.
 
-    `windows` say which episodes; each is begun at its first frame. Raises DataError where none leaves a
+    `windows` say which episodes; each is begun at its first frame. `watch` is given each piece of each
+    rollout: its row, its first frame and the video [T, V, H, W, 3]. Raises DataError where none leaves a
     recorded frame after its context.
     """
     spec = world.spec
@@ -100,6 +107,8 @@ def drift(
                 pieces[row].append(
                     _measure(references[row], video_TVHWC, before[row], last_known[row], first)
                 )
+                if watch is not None:
+                    watch(row, first, video_TVHWC)
                 before[row] = video_TVHWC[-1]
                 bar.update(len(video_TVHWC))
             state = found.state

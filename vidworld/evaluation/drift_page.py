@@ -1,6 +1,6 @@
 """What drift looks like: a figure and a table of a report, and a line for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def write_drift(report: Report, robot: str, found: Mapping[str, Any]) -> Figure:
         Line("last frame held", time_T[:last], curves["psnr_copy"][:last], floor=True),
     )
     looks = [
-        Line(name, time_T, _smooth(curves[f"{name}_ratio"])) for name in ("contrast", "sharpness", "motion")
+        Line(name, time_T, smooth(curves[f"{name}_ratio"])) for name in ("contrast", "sharpness", "motion")
     ]
     looks.append(Line("as recorded", [1, frames], [1.0, 1.0], floor=True))
     panels = [
@@ -87,8 +87,10 @@ def drift_line(robot: str, found: Mapping[str, Any]) -> str:
     return f"{robot}, {found['frames']} frames at a stretch: ends with {end}{scene}{jump}{back}"
 
 
-def _smooth(values: list[float | None], width: int = 16) -> np.ndarray:
-    """Mean of the frames around each."""
-    numbers = np.array([np.nan if value is None else value for value in values])
-    kernel = np.ones(min(width, len(numbers)))
-    return np.convolve(numbers, kernel, "same") / np.convolve(np.ones(len(numbers)), kernel, "same")
+def smooth(values: Sequence[float | None], width: int = 16) -> np.ndarray:
+    """Mean of the frames around each; unknown ones are left out of it."""
+    numbers = np.array([np.nan if value is None else value for value in values], float)
+    known, kernel = np.isfinite(numbers), np.ones(min(width, len(numbers)))
+    count = np.convolve(known, kernel, "same")
+    total = np.convolve(np.where(known, numbers, 0), kernel, "same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
