@@ -1,4 +1,4 @@
-"""Drift of several datasets: rows are what `vidworld eval --drift` finds, pictures are those of the rollouts."""
+"""Drift of several datasets: rows are what `vidworld eval --drift` finds, pictures those of rollouts."""
 
 import importlib
 import json
@@ -37,7 +37,8 @@ def test_rows_are_those_of_the_evaluation(bench, untrained_run, planar_data, tmp
     assert rows[f"{name}.background.end"] == pytest.approx(found["background_end_db"], rel=1e-3)
     assert rows[f"{name}.gain_while_recorded"] == pytest.approx(found["gain_while_recorded_db"], rel=1e-3)
     strip = np.asarray(Image.open(tmp_path / "images" / "drift.jpg"))
-    assert strip.shape[0] > 128 and strip.shape[1] > 3 * 128  # frames 1, 32 and 64 of one dataset
+    assert strip.shape[0] > 128
+    assert strip.shape[1] > 3 * 128  # frames 1, 32 and 64
     assert (tmp_path / "images" / "drift.png").stat().st_size > 10_000
 
 
