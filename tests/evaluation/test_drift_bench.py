@@ -46,7 +46,7 @@ def test_the_rollout_that_is_shown_is_cut_where_it_was_asked(bench, tmp_path):
     shown = {"one": np.zeros((2, 32, 32, 3), np.uint8), "two": np.full((2, 32, 32, 3), 255, np.uint8)}
     curve = {name: [1.0, None, 3.0] for name in ("background_psnr", "sharpness_ratio", "motion_ratio")}
     found = {name: {"frames": 3, "curves": curve} for name in shown}
-    bench.picture(found, shown, (1, 3), tmp_path)
+    bench.picture(found, shown, (1, 3), tmp_path / "drift")
     drawn = np.asarray(Image.open(tmp_path / "drift.jpg")).astype(int)
     upper, lower = np.array_split(drawn[drawn.shape[0] // 8 :, -100:-20], 2)
     assert upper.mean() < 100 < lower.mean()

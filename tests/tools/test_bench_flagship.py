@@ -164,6 +164,8 @@ def test_the_page_shows_what_was_measured_last(bench, tmp_path):
         ),
         row("flagship.skill.paint.streak_iou_error.h24", 0.5, "1, ruler IoU 0.3: too blunt"),
         row("flagship.error.paint.streak_iou_error.oracle.h24", 0.125),
+        row("drift.paint.contrast.end", 0.96, "of the recording's, last quarter, 4 rollouts of 512 frames"),
+        row("drift.paint.background.end", 21.64),
         row("peers.ours.k1.psnr.h24", 25.0),
         row("peers.edm.psnr.h24", 20.0),
     ]
@@ -175,6 +177,8 @@ def test_the_page_shows_what_was_measured_last(bench, tmp_path):
     assert "0.77" not in text
     assert "| paint | imagined | 27.5 |" in text
     assert "| paint | last frame held | 21.2 |" in text
+    assert "4 rollouts of 512 frames a kind" in text
+    assert "| paint | - | - | 21.6 | 0.96 | - |" in text
     assert "| ours, steps 1 | 25 |" in text
     assert "blind" not in text
     (tmp_path / "rows.json").write_text(json.dumps([stale | {"name": "demo.minutes"}]))

@@ -3,10 +3,11 @@
     python tools/bench/drift.py lab --data data/lab/rigid data/lab/paint --frames 512 --docs docs
 
 Every rollout begins at its episode's first frames and goes on under recorded commands, as `vidworld eval
---drift` does. Rows `drift.<dataset>.*`: PSNR over holding the last frame while the recording lasts, PSNR of
-what never moves at the beginning and in the last quarter, contrast, sharpness and motion of the last quarter
-over the recording's, jumps that come back with the window, and a view returned to. --docs gets
-images/drift.png, the curves, and images/drift.jpg, a rollout of each.
+--drift` does. Rows `drift.<dataset>.*`, at another temperature such as 0 `drift.t0.<dataset>.*`: PSNR over
+holding the last frame while the recording lasts, PSNR of what never moves at the beginning and in the last
+quarter, contrast, sharpness and motion of the last quarter over the recording's, jumps that come back with
+the window, and a view returned to. --docs gets images/drift.png, the curves, and images/drift.jpg, a rollout
+of each (drift-t0.png and so on).
 """
 
 import sys
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         context=options.context, frames=1, temperature=options.temperature, seed=options.seed,
     )  # fmt: skip
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else cpu_name()
+    mark = "drift" if options.temperature is None else f"drift.t{options.temperature:g}"
     found: dict[str, dict[str, Any]] = {}
     shown: dict[str, np.ndarray] = {}
     times = [time for time in SHOWN if time <= options.frames]
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
         name = directory.name
         found[name] = drift(world, dataset, settings, windows, options.frames, watch=watch)
         shown[name] = np.stack(pieces)
-        rows = {f"drift.{name}.{key}": row for key, row in figures(found[name]).items()}
+        rows = {f"{mark}.{name}.{key}": row for key, row in figures(found[name]).items()}
         for key, (value, unit) in rows.items():
             print(f"{key:<40} {value:10.4g} {unit}", flush=True)
         add_rows(
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str], prog: str) -> None:
             command=" ".join(["python", "tools/bench/drift.py", *arguments]),
         )  # fmt: skip
     if options.docs is not None:
-        picture(found, shown, times, options.docs / "images")
+        picture(found, shown, times, options.docs / "images" / mark.replace(".", "-"))
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -130,10 +132,10 @@ def picture(
     found: Mapping[str, Mapping[str, Any]],
     shown: Mapping[str, np.ndarray],
     times: Sequence[int],
-    folder: Path,
+    path: Path,
 ) -> None:
-    """Curves of all datasets in one figure, and a rollout of each in one strip."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Curves of all datasets in one figure, PATH.png, and a rollout of each in one strip, PATH.jpg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     panels = []
     for key, title, unit in (
         ("background_psnr", "What does not move", "PSNR [dB]"),
@@ -148,10 +150,10 @@ def picture(
             last = max(one["frames"] for one in found.values())
             lines.append(Line("as recorded", [1, last], [1.0, 1.0], floor=True))
         panels.append(Panel(tuple(lines), title, "imagined frame", unit))
-    media.write_bytes(folder / "drift.png", to_png(draw(panels, columns=3, panel_size=(3.9, 3.0))))
+    media.write_bytes(path.with_suffix(".png"), to_png(draw(panels, columns=3, panel_size=(3.9, 3.0))))
     labels = [f"frame {time}" for time in times]
     drawn = media.strip(shown, list(range(len(times))), labels=labels)
-    Image.fromarray(drawn).save(folder / "drift.jpg", quality=JPEG_QUALITY)
+    Image.fromarray(drawn).save(path.with_suffix(".jpg"), quality=JPEG_QUALITY)
 
 
 if __name__ == "__main__":

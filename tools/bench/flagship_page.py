@@ -1,4 +1,4 @@
-"""Write docs/flagship.md: tables and pictures of what flagship.py, blind.py, ship.py and peers.py measured.
+"""Write docs/flagship.md: tables and pictures of what flagship, drift, blind, ship and peers.py measured.
 
     python tools/bench/flagship_page.py
 
@@ -28,6 +28,18 @@ PICTURES = (
 )
 RATIO = "flagship.shuffle_ratio."
 WHO = (("", "imagined"), (".held", "last frame held"), (".bound", "tokenizer"), (".oracle", "oracle"))
+DRIFT = {
+    "gain_while_recorded": "over the last frame held, while recorded",
+    "background.begin": "what never moves, first 16",
+    "background.end": "at the end",
+    "contrast.end": "contrast",
+    "sharpness.end": "sharpness",
+    "motion.end": "motion",
+    "jump_ratio": "jumps with the window",
+    "returned.turn": "turn",
+    "returned.return": "return",
+    "returned.bound": "tokenizer",
+}
 PEERS = {
     "ours": "ours",
     "plain": "diffusion-forcing transformer, 10 steps",
@@ -100,6 +112,7 @@ def page(rows: dict[str, Row], docs: Path) -> str:
         "Error under another episode's commands, over that under the true ones:\n",
         table(["", "ratio"], ratios),
     ]
+    parts += drift(rows, kinds, docs)
     parts += blind(rows, docs)
     parts += shipped(rows)
     parts += peers(rows)
@@ -135,6 +148,29 @@ def pictures(rows: dict[str, Row], kinds: Sequence[str], horizons: Sequence[int]
         if lines:
             parts.append(table([title, "", *(f"frame {horizon}" for horizon in horizons)], lines))
     return parts
+
+
+def drift(rows: dict[str, Row], kinds: Sequence[str], docs: Path) -> list[str]:
+    """Whether rollouts many times longer than the clips of training hold: samples, and means."""
+    parts: list[str] = []
+    for mark, what in (("drift", "Sampled"), ("drift.t0", "The mean of the future (`temperature 0`)")):
+        measured = [kind for kind in kinds if f"{mark}.{kind}.contrast.end" in rows]
+        if not measured:
+            continue
+        lines = [[kind, *(number(rows.get(f"{mark}.{kind}.{name}")) for name in DRIFT)] for kind in measured]
+        count = rows[f"{mark}.{measured[0]}.contrast.end"]["unit"].rpartition(", ")[2]
+        parts += [f"{what}, {count} a kind:\n", table(["", *DRIFT.values()], lines)]
+        for suffix, shown in (("jpg", "A rollout of each kind"), ("png", "Looks, frame by frame")):
+            picture = docs / "images" / f"{mark.replace('.', '-')}.{suffix}"
+            if picture.is_file():
+                parts.append(f"![{shown}](images/{picture.name})\n")
+    head = [
+        "## Hundreds of frames\n",
+        "Under recorded commands. The end is the last quarter; contrast, sharpness and motion are shares of\n"
+        "the recording's; the rest but jumps is PSNR in dB. Turn and return: there and back within the\n"
+        "window, against the last known view.\n",
+    ]
+    return head + parts if parts else []
 
 
 def blind(rows: dict[str, Row], docs: Path) -> list[str]:
