@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,24 @@ def test_a_look_that_fails_costs_no_step(make_loop: MakeLoop, every: int, steps:
     with pytest.raises(OSError, match="no space"):
         loop.fit()
     assert loop.store.names()[0] == f"step-{saved:08d}"
+
+
+def test_the_last_checkpoint_is_whole_before_the_last_look(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the storage is: a run that is killed while it looks has lost nothing."""
+    loop = make_loop(steps=6, save_every=100)
+    found: list[list[str]] = []
+    loop.looks = [Look(0, lambda step, task: found.append(loop.store.names()) or {})]
+    plain = loop.store.save
+
+    def slow(*arguments: Any, **settings: Any) -> Path:
+        time.sleep(0.3)
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr(loop.store, "save", slow)
+    loop.fit()
+    assert found == [["step-00000006"]]
 
 
 def test_the_log_has_what_a_reader_needs(make_loop: MakeLoop) -> None:

@@ -149,10 +149,11 @@ class Loop:
                         raise PreemptedError(self._farewell(stop))
             looked_at = self.saving.saved_step == self.clock.step  # a run that was at its end already
             self.save()
+            # A look may take minutes, and the run may be killed in it: the last weights are on disk by then.
+            self.saving.finish()
             if self.looks and not looked_at:
                 self._look(self.looks)
             self.state.gather()
-            self.saving.finish()
         except RuntimeError as error:
             if self.engine.world_size > 1 and of_the_network(error):
                 raise LostRankError.of(error, self.engine.rank, self.clock.step) from error
