@@ -68,7 +68,7 @@ def test_members_begin_from_packed_weights_and_learn_the_spread(
     words = ["export", str(tmp_path / "start"), "--out", str(tmp_path / "packed"), "--precision", "int8"]
     assert cli.run(words) == 0, capsys.readouterr().err
     shared = plain | {"members": 3, "member_rank": 2}
-    rows = {"objective": {"kind": "energy"}, "loop": {"steps": 4, "log_every": 2}}
+    rows = {"objective": {"kind": "energy"}, "sampler": {"steps": 1}, "loop": {"steps": 4, "log_every": 2}}
     tokenizer = tmp_path / "packed" / "tokenizer"  # rounded as well, and what it knows the world by
     first = settings.world(
         planar, tokenizer, model=shared, init=tmp_path / "packed", optim={"lr": 0.0, "muon_lr": 0.0}, **rows

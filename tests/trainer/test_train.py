@@ -147,6 +147,7 @@ def test_a_world_starts_from_another(
         loop={"steps": 2, "log_every": 1},
         init=str(tmp_path / "shortcut"),
         objective={"kind": "energy"},
+        sampler={"steps": 1},
         long_clip_frames=12,
         long_clip_fraction=0.5,
     )
@@ -154,16 +155,19 @@ def test_a_world_starts_from_another(
     found = [row["frames_per_s"] * row["step_s"] for row in rows(tmp_path / "energy") if "step_s" in row]
     assert found == pytest.approx([24, 24], rel=1e-3), "four clips of six frames, then two of twelve"
     with pytest.raises(ConfigError, match="noise_dims"):
-        settings.world(latents, tokenizer_run, objective={"kind": "energy"})
+        settings.world(latents, tokenizer_run, objective={"kind": "energy"}, sampler={"steps": 1})
 
 
-def test_a_world_of_means_takes_one_step(
-    latents: Path, tokenizer_run: Path, settings: SimpleNamespace
+@pytest.mark.parametrize("kind", ["regression", "energy"])
+def test_a_world_that_learns_no_steps_between_takes_one(
+    latents: Path, tokenizer_run: Path, settings: SimpleNamespace, kind: str
 ) -> None:
+    model = {**to_mapping(settings.world(latents, tokenizer_run).model), "noise_dims": 4}
+    given = {"model": model, "objective": {"kind": kind}}
     for wrong in ({"steps": 4}, {"steps": 1, "method": "heun"}):
-        with pytest.raises(ConfigError, match=r"'regression' in .*: got \w+, \d, expected euler, 1"):
-            settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler=wrong)
-    settings.world(latents, tokenizer_run, objective={"kind": "regression"}, sampler={"steps": 1})
+        with pytest.raises(ConfigError, match=rf"'{kind}' in .*: got \w+, \d, expected euler, 1"):
+            settings.world(latents, tokenizer_run, **given, sampler=wrong)
+    settings.world(latents, tokenizer_run, **given, sampler={"steps": 1})
 
 
 def test_a_gate_that_copies_wants_no_noise_in_the_context(

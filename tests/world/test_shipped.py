@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vidworld
+from vidworld import cli
 from vidworld.data.shards import ShardDataset
 from vidworld.errors import CheckpointError
 from vidworld.evaluation.grounding import ground_episode
@@ -43,6 +44,13 @@ def test_a_name_without_weights_says_so(tmp_path, monkeypatch):
 def test_what_comes_along_is_small_enough():
     files = [path for path in (FOLDER / "lab").rglob("*") if path.is_file() and "prompts" not in path.parts]
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+
+
+def test_more_steps_than_it_learnt_are_refused_before_anything_is_written(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.run(["rollout", "lab", "--steps", "4", "--out", str(out)]) == 2
+    assert "leave --steps (sampler.steps) at 1" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def prompt_of(world, kind, *, context, frames):

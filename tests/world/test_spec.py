@@ -109,6 +109,17 @@ def test_samplers_that_cannot_be_are_refused(wrong):
         SamplerConfig(**wrong)
 
 
+def test_a_world_trained_for_one_step_refuses_more():
+    own = SamplerConfig(steps=1, one_step=True)
+    assert own.changed(steps=1, temperature=0.0).temperature == 0
+    for wrong in ({"steps": 4}, {"method": "heun"}):
+        with pytest.raises(ConfigError, match=r"trained for one: got steps \d, method \w+, expected steps 1"):
+            dataclasses.replace(own, **wrong)
+    with pytest.raises(ConfigError, match="leave --steps"):
+        own.changed(steps=2)
+    assert SamplerConfig(steps=1).changed(steps=4).steps == 4
+
+
 def test_embodiments_are_found_by_name(world):
     assert world.spec.embodiment_index(None) == world.spec.embodiment_index("arm") == 0
     with pytest.raises(ContractError, match="got 'leg', expected one of 'arm'"):

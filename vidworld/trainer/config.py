@@ -159,9 +159,9 @@ class WorldTraining(DataChoice):
                     f"setting {name!r}", got=getattr(self, name), expected="a share from 0 to 1"
                 )
         sampler = (self.sampler.method, self.sampler.steps)
-        if self.objective.kind == "regression" and sampler != ("euler", 1):
+        if self.objective.kind != "shortcut" and sampler != ("euler", 1):
             raise ConfigError(
-                "sampler.method and sampler.steps of objective.kind 'regression'",
+                f"sampler.method and sampler.steps of objective.kind {self.objective.kind!r}",
                 got=f"{sampler[0]}, {sampler[1]}",
                 expected="euler, 1: all that it learns",
             )

@@ -99,6 +99,7 @@ def world_spec(
         sampler=SamplerConfig(
             **vars(training.sampler),
             finest_steps=training.objective.finest_steps,
+            one_step=training.objective.kind != "shortcut",
             window=num_latent_frames(training.loader.clip_frames, tokenizer.time_stride),
         ),
         tokenizer_digest=tokenizer.digest,

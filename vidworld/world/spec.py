@@ -66,6 +66,9 @@ class SamplerConfig(SamplerSettings):
     """`objective.finest_steps` of training: the model is never told a smaller step than 1/finest_steps."""
     window: int = 16
     """Frames in sight, the new one included: the clip length of training."""
+    one_step: bool = field(default=False, metadata={"omit_default": True})
+    """Whether training showed nothing between pure noise and a frame (`regression`, `energy`): more steps
+    than one would ask the network what it never learnt, and are refused."""
     noise_scale: NoiseScale | None = field(default=None, metadata={"omit_default": True})
     """Factors on the noise, from `calibration.json`; it belongs to one way of sampling, see `changed`."""
 
@@ -77,6 +80,13 @@ class SamplerConfig(SamplerSettings):
         if self.window < self.sink + 2:
             raise ConfigError(
                 "sampler.window", got=f"{self.window} with a sink of {self.sink}", expected="sink + 2 or more"
+            )
+        if self.one_step and (self.steps, self.method) != (1, "euler"):
+            raise ConfigError(
+                "denoising steps of a world that was trained for one",
+                got=f"steps {self.steps}, method {self.method}",
+                expected="steps 1, method euler",
+                fix="leave --steps (sampler.steps) at 1, or train with objective.kind shortcut for more",
             )
 
     @property
