@@ -53,6 +53,18 @@ def test_more_steps_than_it_learnt_are_refused_before_anything_is_written(tmp_pa
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "count"), [(("--temperature", "0"), 1), ((), 4), (("--temperature", "0", "--samples", "2"), 2)]
+)
+def test_a_mean_is_imagined_once_unless_more_is_asked_for(tmp_path, capsys, words, count):
+    out = tmp_path / "out"
+    assert cli.run(["rollout", "lab", "--frames", "2", "--out", str(out), *words]) == 0
+    assert len(list(out.glob("sample-*.mp4"))) == count
+    assert f"{count} sample{'s' * (count > 1)} of 2 frames" in capsys.readouterr().out
+    futures_NTS = np.load(out / "proprio.npz")["predicted_NTS"]
+    assert np.array_equal(futures_NTS[0], futures_NTS[-1]) == (count < 4)
+
+
 def prompt_of(world, kind, *, context, frames):
     """An episode that comes along: what is known, and what happened."""
     prompts = prompts_of(FOLDER / "lab")

@@ -54,10 +54,10 @@ class Appraiser:
         """None where nothing is asked. Raises ConfigError for what does not go together."""
         if not options.appraises:
             return None
-        if (options.uncertainty or options.stop_when_unsure) and options.samples < 2:
+        if (options.uncertainty or options.stop_when_unsure) and options.futures < 2:
             raise ConfigError(
                 "--samples",
-                got=options.samples,
+                got=options.futures,
                 expected="2 or more of each member to tell how sure they are",
             )
         readout = None
@@ -137,7 +137,7 @@ class Appraiser:
             found,
             steps=options.search,
             mass=options.search_mass,
-            samples=min(options.samples, max(1, options.batch // self.world.num_members)),
+            samples=min(options.futures, max(1, options.batch // self.world.num_members)),
             seed=options.seed,
             sampler=self.sampler,
             allow_out_of_range=options.allow_out_of_range,

@@ -1,5 +1,6 @@
 """`vidworld rollout`: imagine what the robot would see, and write videos, pictures and numbers."""
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -54,8 +55,9 @@ def main(arguments: Sequence[str], prog: str) -> None:
         record = roll_out(options, folder, command=[prog, *arguments])
     several = len(record["scenes"]) if "scenes" in record else 1
     of_members = f" of each of {record['members']} members," if "members" in record else ""
+    futures = "1 sample" if record["samples"] == 1 else f"{record['samples']} samples"
     print(
-        f"{options.samples} samples{of_members} of {record['frames']} frames"
+        f"{futures}{of_members} of {record['frames']} frames"
         f"{f' of each of {several} prompts' if several > 1 else ''} at "
         f"{record['speed']['frames_per_s']:.3g} frames/s. Look at:"
     )
@@ -87,12 +89,14 @@ def roll_out(options: Options, folder: Path, *, command: Sequence[str] = ()) -> 
     sampler = spec.sampler.changed(
         steps=options.steps, guidance=options.guidance, temperature=options.temperature
     )
+    if options.samples is None and not sampler.draws:
+        options = dataclasses.replace(options, samples=1)
     appraiser = Appraiser.make(options, world, sampler)
     imagination = Imagination(
         world,
         RolloutEngine(world, sampler=sampler, compile=options.compile),
         options.seed,
-        options.samples,
+        options.futures,
         options.batch,
         options.allow_out_of_range,
         stepwise=options.preview,
@@ -154,7 +158,7 @@ def _imagine(
 ) -> tuple[list[dict[str, Imagined]], list[dict[str, Commands]]]:
     """Each scene's futures by label, and the commands of its branches, if any."""
     spec = imagination.world.spec
-    futures = options.samples * imagination.world.num_members
+    futures = options.futures * imagination.world.num_members
     if options.policy:
         frames = (options.frames or DEFAULT_FRAMES) // spec.frames_per_step * spec.frames_per_step
         if not frames or (options.frames or frames) != frames:
@@ -283,7 +287,7 @@ def _record(
 ) -> dict[str, Any]:
     """All that it takes to repeat the rollout, but for prompts and actions, as plain JSON."""
     spec, files = world.spec, [find(path) for path in paths]
-    streams = [n + m * MEMBER_STRIDE for m in range(world.num_members) for n in range(options.samples)]
+    streams = [n + m * MEMBER_STRIDE for m in range(world.num_members) for n in range(options.futures)]
     of_each = [
         {
             "path": str(path),
@@ -295,7 +299,7 @@ def _record(
     ]
     return {
         "seed": options.seed,
-        "samples": options.samples,
+        "samples": options.futures,
         **({"members": world.num_members} if world.num_members > 1 else {}),
         "sample_ids": streams,
         "frames": frames,

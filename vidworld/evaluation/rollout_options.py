@@ -12,6 +12,10 @@ Format = Literal["mp4", "gif", "png"]
 Compare = Literal["auto", "truth", "none"]
 
 
+FUTURES = 4
+"""Samples of a prompt, unless told otherwise."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Imagine what the robot would see, from a prompt and actions.
@@ -55,8 +59,9 @@ class Options:
     """First frame of the prompt within its episode or video."""
     frames: Annotated[int | None, tyro.conf.arg(aliases=["--horizon"])] = None
     """Frames to imagine (default: what the actions allow, at most 48)."""
-    samples: int = 4
-    """Futures to imagine of each prompt; each has its own noise."""
+    samples: int | None = None
+    """Futures to imagine of each prompt, each with its own noise (default 4, or 1 at temperature 0, where all
+    would be the same)."""
     batch: int = 64
     """Rows imagined at once; the result does not depend on it."""
     seed: int = 0
@@ -116,6 +121,11 @@ class Options:
     def appraises(self) -> bool:
         """Whether the rollout is asked about itself."""
         return bool(self.uncertainty or self.stop_when_unsure or self.risk)
+
+    @property
+    def futures(self) -> int:
+        """Of each prompt, unless the temperature says otherwise."""
+        return self.samples or FUTURES
 
     def check(self) -> None:
         """Refuse numbers and pairs of options that make no sense, before anything is loaded."""

@@ -94,6 +94,11 @@ class SamplerConfig(SamplerSettings):
         """Whether frames are drawn from anything but standard normal noise."""
         return self.noise_scale is not None or self.temperature != 1
 
+    @property
+    def draws(self) -> bool:
+        """Whether futures of one prompt differ: not without noise in frames and context."""
+        return bool(self.temperature or self.context_noise)
+
     def factors(self, lead: int) -> tuple[float, float, float]:
         """On the noise of latents, of proprioception and of the network at a lead, counted from 1."""
         latents, proprio, model = (1.0, 1.0, 1.0) if self.noise_scale is None else self.noise_scale.at(lead)
