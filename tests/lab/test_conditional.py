@@ -230,7 +230,7 @@ def test_before_anything_shows_all_draws_are_the_prior(struck):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # 4000 simulations for the reference, and as many to compare
 @pytest.mark.filterwarnings("ignore:.*are worth")
-@pytest.mark.parametrize(("seed", "proprio_noise"), [(3, None), (1, None), (3, 0.05)])
+@pytest.mark.parametrize(("seed", "proprio_noise"), [(3, None), (1, None), (3, 0.2)])
 def test_looked_for_draws_agree_with_many_from_the_prior(seed, proprio_noise):
     episode = generate("container", seed, SCRIPTED, render=False)
     k = int(np.argmax(episode.outcomes_T["touched"] > 0)) + 3
@@ -264,8 +264,9 @@ def test_looked_for_draws_agree_with_many_from_the_prior(seed, proprio_noise):
         bound = 4 * spread * math.sqrt(np.square(weights_N).sum() + 1 / worth)
         ours = np.mean([run.weights_N @ np.array(values) for run, values in zip(runs, found, strict=True)])
         assert abs(ours - mean) <= bound + 1e-9, name
-        wrong.append(abs(np.mean([np.mean(values) for values in found]) - mean) > bound)
-    assert any(wrong), "without weights some quantity is off, or this test could not tell"
+        if name in draws[0]:
+            wrong.append(abs(np.mean([draw[name] for draw in draws]) - mean) > bound)
+    assert any(wrong), "what was seen tells of something hidden, or this test could not tell"
 
 
 def test_a_full_turn_is_no_difference(struck):
