@@ -1,8 +1,10 @@
 """Signs of life: who is alive, who is silent, who hangs, and what a rank says when it gives up."""
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import pytest
 
 from vidworld.errors import ConfigError, DivergedError, PreemptedError
 from vidworld.trainer import heartbeat
-from vidworld.trainer.heartbeat import BYTES, Heartbeat, Silence
+from vidworld.trainer.heartbeat import BYTES, Heartbeat, Silence, read_all
 
 
 class Clock:
@@ -206,3 +208,41 @@ def test_a_hang_ends_the_process_and_says_where(tmp_path: Path) -> None:
     assert "stuck_here" in stacks
     (beat,) = heartbeat.read_all(tmp_path)
     assert (beat.state, beat.step, beat.exit_code) == ("hung", 3, 1)
+
+
+ORPHAN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+rank = '''
+import signal, sys, time
+from pathlib import Path
+from vidworld.trainer.heartbeat import Heartbeat
+run = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: ((run / "told").touch(), sys.exit(3)))
+with Heartbeat(run, silent_s=0.8):
+    (run / "ready").touch()
+    time.sleep(20)
+'''
+subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]])
+while not (Path(sys.argv[1]) / "ready").exists():
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_a_rank_whose_torchrun_was_killed_is_told_to_stop(tmp_path: Path, by_torchrun: bool) -> None:
+    """As by a scheduler's signal, so that it saves; the child of a shell that has ended goes on."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    environment |= {"TORCHELASTIC_RUN_ID": "none"} if by_torchrun else {}
+    dead = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path)], env=environment, check=False)
+    assert dead.returncode == -signal.SIGKILL
+    orphan = read_all(tmp_path)[0]
+    try:
+        deadline = time.monotonic() + (15 if by_torchrun else 1.5)
+        while not (tmp_path / "told").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (tmp_path / "told").exists() == by_torchrun
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(orphan.pid, signal.SIGKILL)

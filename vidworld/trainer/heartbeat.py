@@ -10,6 +10,7 @@ by the reader's own monotonic clock. `time` is there for people.
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -160,6 +161,8 @@ class Heartbeat:
         self._state: State = "starting"
         self._step, self._steps_here, self._beats = -1, 0, 0
         self._marked_s, self._file = now(), -1
+        # Nobody else is left to stop a rank whose torchrun was killed; of a shell that ends that is no sign.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def mark(self, state: State, step: int) -> None:
         """Say what the rank does now. Cheap: the thread writes it."""
@@ -234,6 +237,14 @@ class Heartbeat:
             self._silence.forgive(late_s)
             self._marked_s += late_s
 
+    def stop_if_orphaned(self) -> None:
+        """Once torchrun is gone, ask this process to stop as a scheduler would: it saves, and leaves."""
+        if self._launcher is None or os.getppid() == self._launcher:
+            return
+        self._launcher = None
+        print(f"vidworld: rank {self.rank}: its launcher was killed; it stops", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _beat_on(self) -> None:
         woke_s = self._now()
         while not self._stopped.wait(self.interval_s):
@@ -241,6 +252,7 @@ class Heartbeat:
             self.overslept(now_s - woke_s - self.interval_s)
             woke_s = now_s
             self.beat()
+            self.stop_if_orphaned()
             if trouble := self.trouble():
                 self._end(trouble)
                 return
