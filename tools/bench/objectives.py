@@ -240,7 +240,7 @@ class Bench:
             "init": None if init is None else str(init),
             "model": SIZES[options.size] | {"noise_dims": 32},
             "objective": dict(objective),
-            "sampler": {"steps": 1} if objective.get("kind") == "regression" else {},
+            "sampler": {} if objective.get("kind", "shortcut") == "shortcut" else {"steps": 1},
             "loader": {"clip_frames": options.clip, "batch_size": options.batch, "workers": 0, "cache_gb": 8},
             "optim": {
                 "lr": 6e-4 * scale,
