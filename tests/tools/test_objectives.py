@@ -184,7 +184,7 @@ def test_from_episodes_to_rows(tmp_path: Path) -> None:
     assert not rows.exists()
     said = run("--seeds", 0)
     assert "| flow | 64 | 12 |" in said
-    assert "| regression_energy | 1 | 9 |" in said
+    assert "| regression_energy | 1 | 8 |" in said
     names = {row["name"] for row in json.loads(rows.read_text())}
     for key in ("shortcut.k1", "shortcut.k2", "shortcut.k4", "energy.k1", "flow.k4", "flow.k16", "flow.k64",
                 "regression.k1", "regression_energy.k1"):  # fmt: skip
@@ -192,7 +192,7 @@ def test_from_episodes_to_rows(tmp_path: Path) -> None:
         assert (tmp_path / "out" / f"strip-0-{key}.png").exists()
     record = json.loads((tmp_path / "out" / "seed-0.json").read_text())
     assert record["steps"] == {
-        "shortcut": 11, "energy": 8 + 2, "flow": 12, "regression": 9, "regression_energy": 7 + 2,
+        "shortcut": 11, "energy": 8 + 2, "flow": 12, "regression": 9, "regression_energy": 7 + 1,
     }  # fmt: skip
     before = (tmp_path / "out" / "seed-0" / "flow" / "metrics.jsonl").stat().st_mtime_ns
     run("--seeds", 0)
