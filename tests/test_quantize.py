@@ -27,7 +27,7 @@ def test_every_entry_of_int8_is_within_half_a_step_of_its_row():
     for name in ("matrix", "kernel"):
         step_R = given[name].flatten(1).abs().amax(1) / 127
         apart_RX = (back[name] - given[name]).flatten(1).abs()
-        assert (apart_RX <= 0.5001 * step_R[:, None]).all()
+        assert (apart_RX <= 0.501 * step_R[:, None]).all()
         # A scale for the whole matrix would be worse: the rows differ by five orders of magnitude.
     whole = given["matrix"].abs().max() / 127
     assert ((given["matrix"] / whole).round() * whole)[0].eq(0).all()
@@ -47,8 +47,7 @@ def test_what_is_kept_and_how_far_off_the_rest_is(precision, bound):
         name: tensor.dtype for name, tensor in given.items()
     }
     again = rounded(back, precision)
-    for name, tensor in back.items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=0)
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())
 
 
 def test_int8_takes_a_quarter_of_the_bytes():

@@ -2,10 +2,11 @@
 
 A matrix or kernel W [rows, ...] in int8 is q [rows, ...] and s [rows], with W about q * s and
 s = max |W| / 127 over the row (symmetric, per output channel: Nagel et al. 2021, arXiv 2106.08295, sec.
-2.2): an entry is off by s / 2 at most. What has one axis (norms, biases), and for int8 few rows or columns,
-is kept as it is: it is small, and matters. Changes of members that share a network, stacks of thin matrices
-[J, ...], have a scale a member: they are small beside the weights that they change. Restoring is one float32
-product an entry, with the same bits everywhere.
+2.2): an entry is off by about s / 2 at most. Scales have 16 significant bits, so that 127 s is exact: what
+was rounded once is rounded to the same bits again. What has one axis (norms, biases), and for int8 few rows
+or columns, is kept as it is: it is small, and matters. Changes of members that share a network, stacks of
+thin matrices [J, ...], have a scale a member: they are small beside the weights that they change. Restoring
+is one float32 product an entry, with the same bits everywhere.
 """
 
 import math
@@ -20,6 +21,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 SCALE = ":scale"
 """Ends the name of the scales that belong to an int8 tensor."""
 LEVELS = 127
+SCALE_BITS = 16
 MEMBER_CHANGES = (".in_JrI", ".out_JOr")
 """End the names of what members add to the matrices that they share."""
 LEAST = 16
@@ -103,6 +105,8 @@ def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """q int8 and s float32 [rows]; a row of zeros has scale 1, and one that is not finite stays so."""
     rows_RX = tensor.flatten(1)
     scale_R = rows_RX.abs().amax(1) / LEVELS
+    unit = 1 << 24 - SCALE_BITS  # of what is cut off a float32's 24 bits; bits of finite floats are ordered
+    scale_R = ((scale_R.view(torch.int32) + unit // 2) & -unit).view(torch.float32)
     scale_R = torch.where(scale_R == 0, torch.ones_like(scale_R), scale_R)
     q_RX = (rows_RX / scale_R[:, None]).nan_to_num().round().clamp(-LEVELS, LEVELS).to(torch.int8)
     return q_RX.unflatten(1, tensor.shape[1:]), scale_R

@@ -5,7 +5,7 @@
     readings.quantities["coverage"], readout.errors["paint"]["quantities"]["coverage"]["mae"]
 
 It was trained on true frames only and says how far off it is on held-out ones. On disk it is a folder with
-`readout.safetensors` (float16 weights) and `readout.json`, written last, whose digest covers both.
+`readout.safetensors` (weights in int8) and `readout.json`, written last, whose digest covers both.
 
 Shapes: B videos, T frames, N pictures, H W pixels, M masks, Q quantities.
 """
@@ -30,6 +30,7 @@ from vidworld.evaluation.lab_frames import check_size
 from vidworld.evaluation.quantities import SUBJECTS, Subject, subject_of
 from vidworld.evaluation.readout_net import ReadoutConfig, ReadoutNet
 from vidworld.files import write_atomic
+from vidworld.quantize import Precision, compress, restore
 from vidworld.tokenizers.weights import check_architecture
 from vidworld.world.shipped import FOLDER
 
@@ -38,6 +39,8 @@ CARD = "readout.json"
 SHIPPED = "lab"
 """Name of the readout that comes with the package: trained on 2,000 true episodes of every kind."""
 WEIGHTS = "readout.safetensors"
+PRECISION: Precision = "int8"
+"""Of the weights on disk."""
 PICTURES_AT_ONCE = 128
 
 
@@ -202,8 +205,7 @@ def save_readout(readout: Readout, directory: Path | str) -> str:
     Raises CheckpointError when it cannot be written.
     """
     directory = Path(directory)
-    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in readout.net.state_dict().items()}
-    content = save(tensors)
+    content = save(compress(readout.net.state_dict(), PRECISION))
     card = {
         "schema_version": SCHEMA_VERSION,
         "size": readout.size,
@@ -277,8 +279,8 @@ def load_readout(directory: Path | str, device: torch.device | str = "cpu") -> R
                 fix="train the readout again, or install the vidworld that wrote it",
             )
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(directory / WEIGHTS).items()}
-    except (OSError, SafetensorError) as error:
+        weights = {name: tensor.float() for name, tensor in restore(load_file(directory / WEIGHTS)).items()}
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError("cannot read the readout's weights", where=directory, got=error) from None
     check_architecture(weights, net.state_dict(), directory / WEIGHTS)
     net.load_state_dict(weights)

@@ -27,9 +27,10 @@ from vidworld.data.shards import ShardDataset
 from vidworld.errors import ConfigError, DataError, DivergedError
 from vidworld.evaluation.lab_frames import LabFrames, load_frames
 from vidworld.evaluation.quantities import SUBJECTS, Subject
-from vidworld.evaluation.readout import Readout, Scale, encode_values, to_pictures
+from vidworld.evaluation.readout import PRECISION, Readout, Scale, encode_values, to_pictures
 from vidworld.evaluation.readout_errors import measure
 from vidworld.evaluation.readout_net import ReadoutConfig, ReadoutNet
+from vidworld.quantize import rounded
 
 LEAST_STD = 1e-4
 """Floor of the spread that outputs are scaled by: what never varies in training teaches nothing."""
@@ -105,10 +106,8 @@ def train_readout(
     net = net.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scales = {kind: _scale(frames) for kind, frames in known.items()}
     averaged, steps = _fit(net, known, scales, training, torch.device(device), progress)
-    with torch.no_grad():
-        for parameter in averaged.parameters():
-            # As it is stored, so that what is measured now is what is loaded later.
-            parameter.copy_(parameter.half())
+    # As it is stored, so that what is measured now is what is loaded later.
+    averaged.load_state_dict(rounded(averaged.state_dict(), PRECISION))
     facts = {
         "datasets": [_facts(dataset) for dataset in datasets],
         "episodes": {kind: len(np.unique(frames.first_N)) for kind, frames in known.items()},
