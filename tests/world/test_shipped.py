@@ -1,10 +1,12 @@
 """Worlds by name: the package's folder, unless one of that name lies here, and what comes with it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import vidworld
 from vidworld import cli
@@ -14,10 +16,12 @@ from vidworld.evaluation.grounding import ground_episode
 from vidworld.evaluation.lab_frames import scene
 from vidworld.evaluation.lab_truth import read_truth
 from vidworld.lab.effect import EFFECTS
+from vidworld.quantize import MEMBER_CHANGES, SCALE
 from vidworld.world import shipped
+from vidworld.world.novelty import novelty
 from vidworld.world.shipped import FOLDER, prompts_of, resolve
 
-MOST_BYTES = 16 * 2**20
+MOST_BYTES, MOST_BYTES_OF_ALL_MEMBERS = 16 * 2**20, 18 * 2**20
 
 
 def test_a_name_is_the_package_s_folder_and_a_path_is_a_path(tmp_path, monkeypatch):
@@ -42,8 +46,13 @@ def test_a_name_without_weights_says_so(tmp_path, monkeypatch):
 
 
 def test_what_comes_along_is_small_enough():
-    files = [path for path in (FOLDER / "lab").rglob("*") if path.is_file() and "prompts" not in path.parts]
-    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    size = sum(path.stat().st_size for path in (FOLDER / "lab").rglob("*.safetensors"))
+    with safe_open(FOLDER / "lab" / "model.safetensors", "pt") as stored:
+        changes = [name for name in stored.keys() if name.removesuffix(SCALE).endswith(MEMBER_CHANGES)]  # noqa: SIM118
+        members = sum(stored.get_tensor(name).nbytes for name in changes)
+    assert changes
+    assert size - members <= MOST_BYTES
+    assert size <= MOST_BYTES_OF_ALL_MEMBERS
 
 
 def test_more_steps_than_it_learnt_are_refused_before_anything_is_written(tmp_path, capsys):
@@ -99,6 +108,19 @@ def test_the_shipped_world_has_a_mean_beside_its_samples_and_radii():
     assert error["mean"] < 0.7 * error["sample"]
     assert error["mean"] < 0.2 * held
     assert mean.var(0).mean() < 0.05 * samples.var(0).mean(), "one future, and many"
+
+
+def test_its_four_members_part_over_what_they_never_saw():
+    ensemble = vidworld.load("lab", "cpu", members=4)
+    prompt, _ = prompt_of(ensemble, "rigid", context=8, frames=4)
+
+    def unknown(frames):
+        found = novelty(ensemble, dataclasses.replace(prompt, frames=frames))
+        return float(found.disagreement_PT.mean())
+
+    noise = np.random.default_rng(0).integers(0, 256, prompt.frames.shape, np.uint8)
+    assert ensemble.reset(prompt, num_samples=2, seed=0).member_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert unknown(noise) > 10 * unknown(prompt.frames) > 0
 
 
 def test_the_prompts_are_an_episode_of_each_kind_with_its_truth():
