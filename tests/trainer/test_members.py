@@ -16,6 +16,7 @@ from vidworld.model.normalizer import Normalizer
 from vidworld.quantize import MEMBER_CHANGES
 from vidworld.trainer.tasks import WorldTask
 from vidworld.trainer.train import train
+from vidworld.world.build import merged
 from vidworld.world.ensemble import Ensemble
 from vidworld.world.load import open_world
 
@@ -84,6 +85,24 @@ def test_members_begin_from_packed_weights_and_learn_the_spread(
         moved = (learnt[name] - still[name]).flatten(1).abs().amax(1)
         assert bool((moved > 0).all()), f"{name}: each member learnt, from where it was"
         assert float(moved.max()) < 0.1 * float(still[name].abs().max()), "and was not drawn anew"
+
+
+def test_a_run_without_members_begins_from_the_first_of_an_ensemble(
+    planar: Path, tokenizer_run: Path, settings: SimpleNamespace, tmp_path: Path, capsys
+) -> None:
+    shared = MODEL | {"members": 2, "member_rank": 2}
+    train(settings.world(planar, tokenizer_run, model=shared), tmp_path / "both", progress_bar=False)
+    still = {"optim": {"lr": 0.0, "muon_lr": 0.0, "weight_decay": 0.0}}
+    alone = settings.world(planar, tokenizer_run, model=MODEL, init=tmp_path / "both", **still)
+    train(alone, tmp_path / "alone", progress_bar=False)
+    words = ["export", str(tmp_path / "both"), "--member", "0", "--out", str(tmp_path / "first")]
+    assert cli.run(words) == 0, capsys.readouterr().err
+    begun, first = (open_world(tmp_path / name).model.state_dict() for name in ("alone", "first"))
+    second = merged(open_world(tmp_path / "both"), 1).model.state_dict()
+    assert begun.keys() == first.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(begun[name], weight, rtol=0, atol=1e-6)
+    assert any(float((second[name] - weight).abs().max()) > 1e-3 for name, weight in first.items())
 
 
 def test_clips_are_the_members_in_turn(settings: SimpleNamespace, planar: Path, tokenizer_run: Path) -> None:

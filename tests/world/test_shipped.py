@@ -115,8 +115,9 @@ def test_its_four_members_part_over_what_they_never_saw():
     prompt, _ = prompt_of(ensemble, "rigid", context=8, frames=4)
 
     def unknown(frames):
-        found = novelty(ensemble, dataclasses.replace(prompt, frames=frames))
-        return float(found.disagreement_PT.mean())
+        parted_PT = novelty(ensemble, dataclasses.replace(prompt, frames=frames)).disagreement_PT
+        assert parted_PT is not None
+        return float(parted_PT.mean())
 
     noise = np.random.default_rng(0).integers(0, 256, prompt.frames.shape, np.uint8)
     assert ensemble.reset(prompt, num_samples=2, seed=0).member_B.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

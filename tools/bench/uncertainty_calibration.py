@@ -49,7 +49,8 @@ def calibrate_kind(
 ) -> Kind:
     """Imagine windows of a kind and verify latents, proprioception and outcomes."""
     found = Kind(kind)
-    for number, imagined in enumerate(imaginer(windows)):
+    # Pictures take most of the time, and only a ruler looks at them.
+    for number, imagined in enumerate(imaginer(windows, () if ruler is None else None)):
         found.verified.append(verify(imagined, imaginer, ruler, number, found.fan))
         if late() and len(found.verified) > 1:
             break

@@ -32,14 +32,27 @@ def first_member(model: CausalDiT) -> CausalDiT:
 
 
 def with_fresh_parts(weights: dict[str, Tensor], model: CausalDiT) -> dict[str, Tensor]:
-    """Weights of a network without members or previous frame, with the fresh ones of a network that has some.
+    """Weights to begin a network from: those of one with fewer parts, or with members where it has none.
 
-    Those that read the previous frame are zero, and the gate that copies it is nearly closed, so that the
-    network still computes what it did, or within 2 % of it with the gate.
+    A network without members begins as the first of theirs. Members and what reads the previous frame are
+    fresh where the weights lack them. Those that read the previous frame are zero, and the gate that copies
+    it is nearly closed, so that the network still computes what it did, or within 2 % of it with the gate.
     """
+    if not model.config.members:
+        weights = _of_first(weights)
     fresh = {
         name: weight
         for name, weight in model.state_dict().items()
         if (name.endswith(MEMBER_CHANGES) or name.startswith(PREVIOUS_FRAME)) and name not in weights
     }
     return weights | fresh
+
+
+def _of_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first member's matrices, without any member's changes."""
+    merged = {name: weight for name, weight in weights.items() if not name.endswith(MEMBER_CHANGES)}
+    into, out = MEMBER_CHANGES
+    for name in (name.removesuffix(into) for name in weights if name.endswith(into)):
+        change = weights[name + out][0] @ weights[name + into][0]
+        merged[f"{name}.weight"] = weights[f"{name}.weight"] + change
+    return merged

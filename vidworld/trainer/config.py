@@ -132,7 +132,8 @@ class WorldTraining(DataChoice):
     seed: int = 0
     init: Path | None = None
     """World run whose averaged weights this one starts from, such as for an energy-score fine-tune, or to add
-    an embodiment: those that it knows stay known. A name ("lab") is the world that comes with vidworld; as
+    an embodiment: those that it knows stay known. A run without members starts from the first of its
+    members. A name ("lab") is the world that comes with vidworld; as
     `tokenizer` too."""
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
