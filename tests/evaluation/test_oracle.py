@@ -18,6 +18,8 @@ from vidworld.lab import episode as lab
 from vidworld.lab import gl
 
 PROMPTS = Path(vidworld.__file__).parent / "weights" / "lab" / "prompts"
+JPEG = 1.2
+"""Levels that the compression of the recordings costs, on average, and a bit."""
 
 
 def recorded(key):
@@ -35,8 +37,8 @@ def test_with_nothing_hidden_the_oracle_sees_the_recording():
     assert found.effective_draws == float("inf")
     seen_MTHWC = found.frames_MTHWC
     assert seen_MTHWC.shape == (1, 2, 128, 128, 3)
-    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[20, 50]]).mean() < 0.5
-    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[50, 20]]).mean() > 2
+    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[20, 50]]).mean() < JPEG
+    assert np.abs(seen_MTHWC[0].astype(int) - frames_THWC[[50, 20]]).mean() > 3 * JPEG
 
 
 def test_hidden_values_are_drawn_from_what_the_context_leaves_open():
@@ -45,7 +47,7 @@ def test_hidden_values_are_drawn_from_what_the_context_leaves_open():
     assert early.effective_draws == pytest.approx(6)
     seen_MTHWC = early.frames_MTHWC.astype(int)
     # Before contact all futures are the recording; in the end they differ from each other.
-    assert np.abs(seen_MTHWC[:, 0] - frames_THWC[1]).mean() < 0.5
+    assert np.abs(seen_MTHWC[:, 0] - frames_THWC[1]).mean() < JPEG
     assert np.abs(seen_MTHWC[:, 1] - seen_MTHWC[:1, 1]).mean((1, 2, 3)).max() > 1
 
 
