@@ -6,6 +6,7 @@ import torch
 
 from vidworld.diffusion.energy import EnergyConfig, energy_score, frame_energy_scores
 from vidworld.errors import ConfigError
+from vidworld.types import Frames
 
 
 def reference_score(samples: np.ndarray, target: np.ndarray, fairness: float) -> float:
@@ -113,7 +114,70 @@ def test_frame_scores_group_patches_and_whole_frames(draw_frames):
     assert proprio_BT[1, 2].item() == pytest.approx(state, rel=1e-5)
 
 
+def test_scales_score_means_over_pixels(draw_frames):
+    """Against a plain loop; weights are those of the pixels averaged."""
+    samples, target = [draw_frames() for _ in range(2)], draw_frames()
+    stacked = samples[0].map(lambda *tensors: torch.stack(tensors), samples[1])
+    weight = torch.rand(4, 3, 2, 1, 4, 6)
+    config = EnergyConfig(patch=1, scales=(1, 2), global_weight=0.0)
+    latents_BT, _ = frame_energy_scores(stacked, target, config, weight_BTV1hw=weight)
+
+    members = stacked.latents_BTVChw[:, 1, 2].float().double().numpy()
+    truth = target.latents_BTVChw[1, 2].float().double().numpy()
+    weights = weight[1, 2, :, 0].double().numpy()
+    of_scales = []
+    for scale in (1, 2):
+        cells = [
+            (view, slice(y, y + scale), slice(x, x + scale))
+            for view in range(2)
+            for y in range(0, 4, scale)
+            for x in range(0, 6, scale)
+        ]
+        scores = [
+            scale
+            * weights[view, rows, columns].mean()
+            * reference_score(
+                members[:, view, :, rows, columns].mean((-2, -1)),
+                truth[view, :, rows, columns].mean((-2, -1)),
+                0.95,
+            )
+            / 2  # sqrt of 4 channels
+            for view, rows, columns in cells
+        ]
+        of_scales.append(np.mean(scores))
+    assert latents_BT[1, 2].item() == pytest.approx(np.mean(of_scales), rel=1e-5)
+    assert of_scales[0] != pytest.approx(of_scales[1], rel=0.01)
+
+
+def test_coarse_scales_see_whether_neighbours_agree():
+    """Samples that move all patches alike, where true patches move each by itself, have right patches."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, size: int) -> Frames:
+        return Frames(
+            torch.randn(count, 2000, 1, 1, 1, size, size, generator=generator).expand(
+                count, 2000, 1, 1, 1, 4, 4
+            ),
+            torch.zeros(count, 2000, 1, 0),
+        )
+
+    def scored(size: int, *scales: int) -> float:
+        config = EnergyConfig(patch=1, scales=scales, global_weight=0.0, fairness=1.0)
+        return float(frame_energy_scores(draw(2, size), draw(1, 4)[0], config)[0].mean())
+
+    fine = abs(scored(1, 1) - scored(4, 1))
+    assert fine < 0.03, "single patches cannot tell"
+    assert scored(1, 4) > scored(4, 4) + 0.3
+    assert scored(4, 4) == pytest.approx(scored(4, 1), abs=0.05), "what is independent weighs alike"
+
+
 def test_impossible_settings_are_refused(draw_frames):
+    for wrong in ((), (0,), (2, 2)):
+        with pytest.raises(ConfigError, match=r"objective\.energy\.scales"):
+            EnergyConfig(scales=wrong)
+    same = draw_frames().map(lambda tensor: torch.stack([tensor, tensor]))
+    with pytest.raises(ConfigError, match=r"energy\.scales.*4.*divisors of the latent size 4x6"):
+        frame_energy_scores(same, draw_frames(), EnergyConfig(patch=1, scales=(4,)))
     for wrong in ({"samples": 1}, {"fairness": 1.2}, {"patch": 0}):
         with pytest.raises(ConfigError):
             EnergyConfig(**wrong)

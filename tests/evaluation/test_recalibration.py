@@ -46,7 +46,11 @@ def forecasts(scale, own, episodes=60, seed=0, source="start", bias=0.0) -> list
     """Samples of a world whose noise is `own` times the truth's, times what `scale` makes of it."""
     rng = np.random.default_rng(seed)
     factors = np.array([(scale or NoiseScale()).at(lead) for lead in range(1, LEADS + 1)])
-    of_latents, of_proprio = (factors[:, 2],) * 2 if source == "model" else (factors[:, 0], factors[:, 1])
+    of_latents, of_proprio = {
+        "start": (factors[:, 0], factors[:, 1]),
+        "model": (factors[:, 2], factors[:, 2]),
+        "both": tuple(np.hypot(factors[:, k], factors[:, 2]) / 2**0.5 for k in (0, 1)),
+    }[source]
     found = []
     for number in range(episodes):
         truth = walk(rng, (1, 30), np.ones(LEADS)), walk(rng, (1, 2), np.ones(LEADS))
@@ -63,7 +67,7 @@ def forecasts(scale, own, episodes=60, seed=0, source="start", bias=0.0) -> list
     return found
 
 
-@pytest.mark.parametrize("source", ["start", "model"])
+@pytest.mark.parametrize("source", ["start", "model", "both"])
 @pytest.mark.parametrize("own", [0.5, 2.0])
 def test_factors_mend_a_world_of_the_wrong_spread(own, source):
     shrink_T = own * np.linspace(1.0, 1.3, LEADS)
@@ -81,6 +85,7 @@ def test_factors_mend_a_world_of_the_wrong_spread(own, source):
     # Single factors trade with their neighbours; what they do together is what they should.
     assert np.exp(np.log(factor_T * shrink_T).mean()) == pytest.approx(1, abs=0.2)
     assert (scale.model == ()) == (source == "start")
+    assert (scale.latents == ()) == (source == "model")
 
 
 def test_an_honest_world_is_left_nearly_as_it_is():

@@ -223,6 +223,40 @@ def test_regression_predicts_from_as_much_noise_as_its_rollouts(temperature: flo
     assert all(torch.equal(one, other) for one, other in shortcut), "negative control"
 
 
+@pytest.mark.parametrize("start_noise", [0.0, 0.5])
+def test_energy_scores_are_of_samples_that_start_as_those_of_a_rollout(start_noise: float) -> None:
+    """Frames from a share of the noise, histories too; the network's own noise stays whole."""
+    config = ObjectiveConfig(kind="energy", resample_fraction=0.5, resample_start=0.0)
+
+    def noises(share: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        plain = make_task(noise_dims=3, objective=config)
+        task = WorldTask(plain.net, plain.normalizer, config, start_noise=share)
+        of_frames: list[torch.Tensor] = []
+        of_network: list[torch.Tensor] = []
+
+        def watch(module: Any, given: Any) -> None:
+            frames, noise_BTX = given[0], given[3].noise_BTX
+            known = num_frames if frames.num_frames % num_frames == 0 else 0
+            of_frames.extend([frames.latents_BTVChw[:, known:], frames.proprio_BTS[:, known:]])
+            of_network.append(noise_BTX[:, known:])
+
+        batch = make_batch()
+        num_frames = task.clean(batch).num_frames
+        handle = task.net.register_forward_pre_hook(watch)
+        task(batch, torch.Generator().manual_seed(1), Moment())
+        handle.remove()
+        return of_frames, of_network
+
+    (scaled, own), (whole, same) = noises(start_noise), noises(1.0)
+    assert len(scaled) == 4, "the history's pass and the loss's"
+    for one, other in zip(scaled, whole, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other * start_noise)
+    for one, other in zip(own, same, strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
+
+
 def test_an_energy_score_needs_noise() -> None:
     with pytest.raises(ConfigError, match="noise_dims"):
         make_task(objective=ObjectiveConfig(kind="energy"))

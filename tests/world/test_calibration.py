@@ -106,6 +106,44 @@ def test_temperature_scales_all_noise_beside_the_calibrated_factors(noisy_world)
     assert plain.factors(7) == (1.0, 1.0, 1.0)
 
 
+def test_chance_can_be_the_network_s_alone(noisy_world, prompt):
+    """With start_noise 0: then samples of one network noise are one future, and factors scale only that."""
+    own = dataclasses.replace(
+        noisy_world.spec.sampler, start_noise=0.0, context_noise=0.0, noise_scale=SCALE, temperature=0.5
+    )
+    assert own.scales_noise
+    assert own.factors(1) == (0.0, 0.0, 0.25)
+    state = noisy_world.reset(prompt(noisy_world), 3, seed=5, sampler=own)
+    shared_BTX = torch.randn(1, 3, 8, dtype=torch.float64).expand(3, 3, 8)
+
+    def spread(sampler, noise_BTX):
+        rolled = noisy_world.rollout(
+            state, noisy_world.test_actions[:3], sampler=sampler, noise_BTX=noise_BTX, decode=False
+        )
+        return (rolled.latents_BTVChw - rolled.latents_BTVChw[:1]).abs().max().item()
+
+    assert spread(own, shared_BTX) < 1e-12
+    assert spread(own, None) > 1e-3, "negative control: each with a noise of its own"
+    assert spread(dataclasses.replace(own, start_noise=1.0), shared_BTX) > 1e-3, "negative control"
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"sampler\.start_noise"):
+            dataclasses.replace(own, start_noise=wrong)
+
+
+def test_proprioception_is_read_off_as_it_was_learnt(new_world, prompt):
+    """Without noise at the start where training had none; the network has no other here."""
+    world = new_world().double()
+    blind = dataclasses.replace(prompt(world), proprio=None)
+    noisy = dataclasses.replace(world.spec.sampler, context_noise=0.0)
+
+    def read(sampler):
+        state = world.reset(blind, 3, seed=5, sampler=sampler)
+        return (state.newest.proprio_BTS - state.newest.proprio_BTS[:1]).abs().max().item()
+
+    assert read(noisy) > 1e-3, "negative control"
+    assert read(dataclasses.replace(noisy, start_noise=0.0)) < 1e-12
+
+
 def test_without_noise_there_is_one_future(noisy_world, prompt):
     """Where the context has no noise either; with some, samples differ by that alone."""
 

@@ -44,6 +44,7 @@ CASES = {
     "quiet context": {"steps": 1, "context_noise": 0.0},
     "half the noise": {"steps": 1, "temperature": 0.5},
     "no noise": {"steps": 1, "temperature": 0.0},
+    "noise of the network alone": {"steps": 1, "start_noise": 0.0},
     "least window": {"steps": 2, "window": 2},
     "wide window": {"steps": 1, "window": 40},
 }

@@ -4,10 +4,11 @@ Gneiting & Raftery 2007, for vectors; trained on a model that takes noise as an 
 diffusion models, De Bortoli et al. 2025; FGN, Alet et al. 2025).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import einops
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidworld.errors import ConfigError
@@ -24,6 +25,9 @@ class EnergyConfig:
     """1 is the fair score, which is degenerate at two samples; 0 is the biased one."""
     patch: int = 2
     """Latents are scored in patches of this many pixels a side, all channels of a view together."""
+    scales: tuple[int, ...] = field(default=(1,), metadata={"omit_default": True})
+    """Patches of latents as they are (1), and of their means over so many pixels a side: scores of small
+    patches alone do not see whether neighbours agree (Lang et al. 2025, arXiv 2506.10868)."""
     global_weight: float = 0.5
     """Weight of the score of whole frames, all views together, against the mean over patches."""
     mean_weight: float = 0.0
@@ -41,6 +45,12 @@ class EnergyConfig:
                 "objective.energy",
                 got=(self.patch, self.global_weight, self.mean_weight),
                 expected="a patch of 1 or more, no weight below 0",
+            )
+        if not self.scales or min(self.scales) < 1 or len(set(self.scales)) < len(self.scales):
+            raise ConfigError(
+                "objective.energy.scales",
+                got=self.scales,
+                expected="different scales of 1 or more, as [1, 2, 4]",
             )
 
     @property
@@ -73,10 +83,11 @@ def frame_energy_scores(
     used_B: Tensor | None = None,
     weight_BTV1hw: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B, T] of latents (mean over patches plus whole frames) and of proprioception.
+    """Scores [B, T] of latents (mean over patches of all scales plus whole frames) and of proprioception.
 
     `samples_M` has an axis of samples in front of each tensor. Norms are divided by the root of their
-    dimensions, so that each score is of the order of the error of one value. `used_B`: the share of a row's
+    dimensions, so that each score is of the order of the error of one value; means over s x s pixels count s
+    times, so that this also holds of them where errors are independent. `used_B`: the share of a row's
     latents that is not padding, where samples and target are both zero; whole patches of it, in number and in
     dimensions. `weight_BTV1hw`: weights of latent positions; a patch gets their mean, whole frames none.
     """
@@ -85,16 +96,34 @@ def frame_energy_scores(
         score = energy_score(samples.float(), target.float(), fairness=config.fairness)
         return score / max(1, target.shape[-1]) ** 0.5
 
-    patches_BTVhw = scaled(
-        _patches(samples_M.latents_BTVChw, config.patch), _patches(target.latents_BTVChw, config.patch)
-    )
-    if weight_BTV1hw is not None:
-        patches_BTVhw = patches_BTVhw * _patches(weight_BTV1hw, config.patch).mean(-1)
-    patches = patches_BTVhw.mean((-3, -2, -1))
+    def of_patches(scale: int) -> Tensor:
+        patches_BTVhw = scaled(
+            *(
+                _patches(scale * _pooled(one.latents_BTVChw, scale), config.patch)
+                for one in (samples_M, target)
+            )
+        )
+        if weight_BTV1hw is not None:
+            patches_BTVhw = patches_BTVhw * _patches(_pooled(weight_BTV1hw, scale), config.patch).mean(-1)
+        return patches_BTVhw.mean((-3, -2, -1))
+
+    patches = torch.stack([of_patches(scale) for scale in config.scales]).mean(0)
     whole = scaled(samples_M.latents_BTVChw.flatten(-4), target.latents_BTVChw.flatten(-4))
     if used_B is not None:
         patches, whole = patches / used_B[:, None], whole / used_B[:, None].sqrt()
     return patches + config.global_weight * whole, scaled(samples_M.proprio_BTS, target.proprio_BTS)
+
+
+def _pooled(latents_XChw: Tensor, scale: int) -> Tensor:
+    """Means over scale x scale pixels."""
+    if scale == 1:
+        return latents_XChw
+    height, width = latents_XChw.shape[-2:]
+    if height % scale or width % scale:
+        raise ConfigError(
+            "objective.energy.scales", got=scale, expected=f"divisors of the latent size {height}x{width}"
+        )
+    return F.avg_pool2d(latents_XChw.flatten(0, -4), scale).unflatten(0, latents_XChw.shape[:-3])
 
 
 def _patches(latents_XVChw: Tensor, patch: int) -> Tensor:

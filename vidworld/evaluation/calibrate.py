@@ -29,6 +29,7 @@ from vidworld.evaluation.recalibration import (
     Source,
     fit_conformal,
     fit_scale,
+    source_of,
     summary,
 )
 from vidworld.evaluation.windows import Recorded, Settings, plan_windows, read_window
@@ -69,7 +70,7 @@ class Options:
     """Futures of each window."""
     noise: Source = "auto"
     """What is scaled: `start`, the noise that frames are denoised from; `model`, the network's noise input;
-    `none`; `auto` takes the network's input where it has one."""
+    `both`; `none`; `auto` takes all that the samples begin with."""
     rounds: int = 5
     """Times that the factors are corrected."""
     coverage: float = 0.9
@@ -132,13 +133,7 @@ def calibrate(world: WorldModel, locations: Sequence[Path | str], options: Optio
     does.
     """
     prepared, listed = _prepare(world, locations, options)
-    source = options.noise
-    if source == "auto":
-        source = "model" if world.model.config.noise_dims else "start"
-    if source == "model" and not world.model.config.noise_dims:
-        raise ConfigError(
-            "--noise", got="model", expected="start or none: the network has no noise input (noise_dims)"
-        )
+    source = source_of(world.spec, options.noise)
     halves = tuple(_by_member(half) for half in _halves(prepared))
     fits = source != "none"
     steps = len(prepared) * (1 + fits) + len(halves[0]) * options.rounds * fits

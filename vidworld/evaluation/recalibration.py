@@ -13,13 +13,15 @@ from typing import Any, Literal
 import numpy as np
 
 from vidworld.contract import ActionContract
-from vidworld.errors import DataError
+from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.metrics import crps
 from vidworld.evaluation.verification import coverage, rank_counts, ranks, spread_and_error, spread_skill
 from vidworld.world.calibration import LATENTS, PIXELS, PROPRIO, Conformal, Radii
 from vidworld.world.noise_scale import NoiseScale
+from vidworld.world.spec import WorldSpec
 
-Source = Literal["auto", "start", "model", "none"]
+Scaled = Literal["start", "model", "both"]
+Source = Literal["auto", Scaled, "none"]
 GAIN = 0.7
 """Share of the found mismatch that a round mends: noise of a lead also spreads all later ones."""
 MOST_STEP = 1.6
@@ -136,19 +138,35 @@ def summary(forecasts: Sequence[Forecast], seed: int = 0) -> dict[str, Any]:
     return found
 
 
+def source_of(spec: WorldSpec, asked: Source) -> Scaled | Literal["none"]:
+    """What can be scaled of a world; raises ConfigError for noise that it does not have."""
+    has = {"start": spec.sampler.start_noise > 0, "model": spec.model.noise_dims > 0}
+    own: Scaled = "both" if all(has.values()) else "model" if has["model"] else "start"
+    if asked in ("model", "both") and not has["model"]:
+        raise ConfigError(
+            "--noise", got=asked, expected="start or none: the network has no noise input (noise_dims)"
+        )
+    if asked in ("start", "both") and not has["start"]:
+        raise ConfigError(
+            "--noise", got=asked, expected="model or none: its frames start from no noise (start_noise)"
+        )
+    return own if asked == "auto" else asked
+
+
 def fit_scale(
-    imagine: Imagine, source: Literal["start", "model"], *, rounds: int = 5, report: Callable[[Round], None]
+    imagine: Imagine, source: Scaled, *, rounds: int = 5, report: Callable[[Round], None]
 ) -> tuple[NoiseScale | None, list[Round]]:
     """Factors a lead under which the spread of samples tells their error; None if none are better than 1.
 
     Each round imagines the windows, and moves each factor by a share of the (smoothed) log spread-skill ratio
     at its lead. What is kept is the round of the least mismatch among those whose CRPS is no worse than the
-    world's own by more than 1 %. `source`: factors on what latents and proprioception are denoised from, or
-    on the network's own noise input.
+    world's own by more than 1 %. `source`: factors on what latents and proprioception are denoised from, on
+    the network's own noise input, or on both.
     """
     forecasts = imagine(None)
     leads = len(forecasts[0].latent_variance_T)
-    series = {name: np.ones(leads) for name in (("model",) if source == "model" else (LATENTS, PROPRIO))}
+    names = {"start": (LATENTS, PROPRIO), "model": ("model",), "both": (LATENTS, PROPRIO, "model")}[source]
+    series = {name: np.ones(leads) for name in names}
     own = scores(forecasts)
     tried = [Round(None, _mismatch(forecasts), 1.0)]
     report(tried[0])
@@ -156,10 +174,9 @@ def fit_scale(
         found = {
             name: np.where(np.isfinite(row), np.log(row), 0.0) for name, row in ratios(forecasts).items()
         }
-        if source == "model":
-            found = {"model": np.mean(list(found.values()), 0)}
-        for name, log_T in found.items():
-            step_T = np.clip(-GAIN * _smooth(log_T), -math.log(MOST_STEP), math.log(MOST_STEP))
+        found["model"] = np.mean(list(found.values()), 0)
+        for name in names:
+            step_T = np.clip(-GAIN * _smooth(found[name]), -math.log(MOST_STEP), math.log(MOST_STEP))
             series[name] = np.clip(series[name] * np.exp(step_T), 1 / MOST_FACTOR, MOST_FACTOR)
         scale = NoiseScale(
             **{name: tuple(float(f"{one:.4f}") for one in row) for name, row in series.items()}

@@ -166,6 +166,12 @@ class WorldTraining(DataChoice):
                 got=f"{sampler[0]}, {sampler[1]}",
                 expected="euler, 1: all that it learns",
             )
+        if self.objective.kind == "shortcut" and self.sampler.start_noise != 1:
+            raise ConfigError(
+                "sampler.start_noise of objective.kind 'shortcut'",
+                got=self.sampler.start_noise,
+                expected="1: it learns to leave noise, and has no other",
+            )
         noise = (self.objective.context_noise, self.sampler.context_noise)
         if self.model.copy_gate and any(noise):
             raise ConfigError(

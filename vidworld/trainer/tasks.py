@@ -131,8 +131,8 @@ class TokenizerTask(Task[ConvTokenizer]):
 class WorldTask(Task[CausalDiT]):
     """Denoise target frames given noisy context frames and actions (two streams, see `model.two_stream`).
 
-    temperature: factor on the noise that `regression` predicts from, that of the sampler: what a rollout will
-    begin with is what is trained on.
+    temperature, start_noise: the sampler's factors on the noise that `regression` predicts from, and on that
+    of `energy` but for the network's own: what a rollout will begin with is what is trained on.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class WorldTask(Task[CausalDiT]):
         action_dropout: float = 0.1,
         clip_dropout: float = 0.05,
         temperature: float = 1.0,
+        start_noise: float = 1.0,
     ) -> None:
         super().__init__()
         if objective.kind == "energy" and not model.config.noise_dims:
@@ -151,6 +152,7 @@ class WorldTask(Task[CausalDiT]):
         self.net, self.normalizer, self.objective = model, normalizer, objective
         self.action_dropout, self.clip_dropout = action_dropout, clip_dropout
         self.temperature = temperature if objective.kind == "regression" else 1.0
+        self.start_noise = self.temperature * (1.0 if objective.kind == "shortcut" else start_noise)
         self.num_targets = objective.energy.streams if objective.kind == "energy" else 1
         stride = model.shape.actions_per_frame
         self.tokens_per_frame = model.tokens_per_frame * (1 + self.num_targets) / stride
@@ -301,7 +303,7 @@ class WorldTask(Task[CausalDiT]):
                 return shortcut_loss(predict, on_rows, clean, noise, draws, self.objective, used_B=used_B)
             case "energy":
                 tiled = Frames.cat([clean] * self.objective.energy.samples, 1)
-                noise = noise_like(tiled, generator=generator)
+                noise = self._scaled(noise_like(tiled, generator=generator))
                 if self.objective.energy.mean_weight:
                     noise = Frames.cat([noise, clean.map(torch.zeros_like)], 1)
                 return energy_loss(predict, clean, noise, self.objective, used_B=used_B)
@@ -309,8 +311,8 @@ class WorldTask(Task[CausalDiT]):
                 raise ConfigError("objective.kind", got=other, expected="shortcut, regression or energy")
 
     def _scaled(self, noise: Frames) -> Frames:
-        """Noise of the temperature that is trained for."""
-        return noise if self.temperature == 1 else noise.map(lambda tensor: tensor * self.temperature)
+        """The noise that frames start from, as a rollout's will be."""
+        return noise if self.start_noise == 1 else noise.map(lambda tensor: tensor * self.start_noise)
 
     def matrices(self) -> Sequence[nn.Parameter]:
         """The blocks' matrices."""

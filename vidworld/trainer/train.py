@@ -223,6 +223,7 @@ def _train_world(
         action_dropout=training.action_dropout,
         clip_dropout=training.clip_dropout,
         temperature=training.sampler.temperature,
+        start_noise=training.sampler.start_noise,
     )
     trial = _Trial(training, task, run, log, heart)
     require_fusable(training.engine, trial.engine.device)

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 LATENTS, PIXELS, PROPRIO = "latents", "pixels", "proprio"
 """Quantities: root mean squares over a frame's latents and over its pixels (0 to 1), and all proprioception
 at once; `proprio NAME` is one dimension."""
-SAMPLING = ("steps", "method", "context_noise", "sink", "guidance", "temperature", "window")
+SAMPLING = ("steps", "method", "context_noise", "sink", "guidance", "temperature", "start_noise", "window")
 """What a calibration depends on, beside the weights."""
 
 
@@ -99,7 +99,7 @@ class Calibration:
 
     def fits(self, sampler: SamplerConfig) -> bool:
         """Whether it was made with this way of sampling."""
-        own = {"temperature": 1.0, **self.sampler}
+        own = {"temperature": 1.0, "start_noise": 1.0, **self.sampler}
         return all(own.get(name) == getattr(sampler, name) for name in SAMPLING)
 
     def write(self, directory: Path | str) -> Path:

@@ -84,6 +84,8 @@ def take_in(
     if has_proprio_B is None:
         return known[:, -1:], commit(model, cache, known, conditioning, context, sampler)
     (start,) = stream.frames(model.shape, frames, START)
+    if sampler.start_noise != 1:
+        start = start.map(lambda tensor: tensor * sampler.start_noise)
     newest = known[:, :1]
     for t, frame in enumerate(frames):
         at = (slice(None), slice(t, t + 1))

@@ -43,6 +43,9 @@ class SamplerSettings:
     temperature: float = field(default=1.0, metadata={"omit_default": True})
     """Factor on all noise that frames are drawn from. At 0 there is one future, give or take the noise in the
     context: of a world trained by energy scores with `mean_weight` the mean, in one step."""
+    start_noise: float = field(default=1.0, metadata={"omit_default": True})
+    """Factor on the noise that frames are denoised from, in a rollout and as energy scores are learnt. At 0
+    all chance is the network's own (`model.noise_dims`), the same for a whole frame: its parts agree."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their range with ConfigError."""
@@ -56,6 +59,8 @@ class SamplerSettings:
             raise ConfigError("sampler.guidance", got=self.guidance, expected="0 or more")
         if not 0 <= self.temperature <= 2:
             raise ConfigError("sampler.temperature", got=self.temperature, expected="from 0 to 2")
+        if not 0 <= self.start_noise <= 1:
+            raise ConfigError("sampler.start_noise", got=self.start_noise, expected="from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class SamplerConfig(SamplerSettings):
     @property
     def scales_noise(self) -> bool:
         """Whether frames are drawn from anything but standard normal noise."""
-        return self.noise_scale is not None or self.temperature != 1
+        return self.noise_scale is not None or self.temperature != 1 or self.start_noise != 1
 
     @property
     def draws(self) -> bool:
@@ -102,7 +107,8 @@ class SamplerConfig(SamplerSettings):
     def factors(self, lead: int) -> tuple[float, float, float]:
         """On the noise of latents, of proprioception and of the network at a lead, counted from 1."""
         latents, proprio, model = (1.0, 1.0, 1.0) if self.noise_scale is None else self.noise_scale.at(lead)
-        return latents * self.temperature, proprio * self.temperature, model * self.temperature
+        start = self.temperature * self.start_noise
+        return latents * start, proprio * start, model * self.temperature
 
     def changed(
         self, *, steps: int | None = None, guidance: float | None = None, temperature: float | None = None
