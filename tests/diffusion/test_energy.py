@@ -172,9 +172,9 @@ def test_coarse_scales_see_whether_neighbours_agree():
 
 
 def test_impossible_settings_are_refused(draw_frames):
-    for wrong in ((), (0,), (2, 2)):
+    for scales in ((), (0,), (2, 2)):
         with pytest.raises(ConfigError, match=r"objective\.energy\.scales"):
-            EnergyConfig(scales=wrong)
+            EnergyConfig(scales=scales)
     same = draw_frames().map(lambda tensor: torch.stack([tensor, tensor]))
     with pytest.raises(ConfigError, match=r"energy\.scales.*4.*divisors of the latent size 4x6"):
         frame_energy_scores(same, draw_frames(), EnergyConfig(patch=1, scales=(4,)))

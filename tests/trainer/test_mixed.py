@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -354,6 +355,25 @@ def test_what_does_not_fit_the_world_to_start_from_is_refused(mixed, planar, twi
     other = dataclasses.replace(known, layouts=layouts)
     with pytest.raises(ConfigError, match="views, size or rate of embodiment 'twin'"):
         world_spec(mixed.settings, corpus, tokenizer, other)
+
+
+def test_noise_that_the_world_to_start_from_never_saw_is_told(mixed) -> None:
+    """Energy scores with more noise at the start; less of it is what such a stage is for."""
+    corpus, tokenizer = open_corpus(mixed.settings), load_tokenizer(mixed.tokenizer)
+    known = WorldSpec.read(mixed.world)
+    settings = dataclasses.replace(
+        mixed.settings,
+        model=dataclasses.replace(mixed.settings.model, noise_dims=3),
+        objective=dataclasses.replace(mixed.settings.objective, kind="energy"),
+        sampler=dataclasses.replace(mixed.settings.sampler, steps=1, method="euler"),
+    )
+    quiet = dataclasses.replace(known, sampler=dataclasses.replace(known.sampler, start_noise=0.0))
+    with pytest.warns(UserWarning, match="start_noise 0 and has never seen the noise"):
+        world_spec(settings, corpus, tokenizer, quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        world_spec(settings, corpus, tokenizer, known)
+        world_spec(dataclasses.replace(settings, sampler=quiet.sampler), corpus, tokenizer, known)
 
 
 @pytest.mark.parametrize(

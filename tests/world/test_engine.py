@@ -212,17 +212,32 @@ def test_the_merged_commit_is_the_commit(new_world, prompt):
         torch.testing.assert_close(got, expected, atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("noise_dims", [0, 3])
-def test_noise_ahead_has_the_bits_of_the_stream(world, noise_dims):
+@pytest.mark.parametrize(
+    ("noise_dims", "starts", "contexts"),
+    [(0, True, True), (3, True, True), (3, False, True), (3, True, False), (3, False, False)],
+)
+def test_noise_ahead_has_the_bits_of_the_stream(world, noise_dims, starts, contexts):
     shape, ids = world.spec.shape, torch.tensor([4, 2**40 + 1])
-    ahead = NoiseAhead(shape, noise_dims, 2, dtype=torch.float32, device=torch.device("cpu"))
+    ahead = NoiseAhead(
+        shape,
+        noise_dims,
+        2,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        starts=starts,
+        contexts=contexts,
+    )
     assert ahead.ahead > 1
     ahead.load(2**63 + 5, ids)
     stream = NoiseStream(2**63 + 5, ids)
     for frame in [*range(5, 5 + 2 * ahead.ahead), 3]:
         ahead.go_to(frame)
         start, context, of_model = ahead.parts
-        for got, kind in ((start, START), (context, CONTEXT)):
+        for got, kind, drawn in ((start, START, starts), (context, CONTEXT, contexts)):
+            if not drawn:
+                assert not got.latents_BTVChw.any()
+                assert not got.proprio_BTS.any()
+                continue
             (expected,) = stream.frames(shape, [frame], kind)
             assert torch.equal(got.latents_BTVChw, expected.latents_BTVChw)
             assert torch.equal(got.proprio_BTS, expected.proprio_BTS)

@@ -73,6 +73,13 @@ def world_spec(
     contracts, layouts = robots(corpus)
     if known is not None:
         contracts, layouts = _with_known(contracts, layouts, known, tokenizer, training.init)
+        own, now = known.sampler.start_noise, training.sampler.start_noise
+        if training.objective.kind == "energy" and own < now:
+            warnings.warn(
+                f"{training.init} was trained with sampler.start_noise {own:g} and has never seen the noise "
+                f"that frames will now start from (sampler.start_noise {now:g})",
+                stacklevel=2,
+            )
     for layout in layouts:
         check_size(layout.height, layout.width, tokenizer.size_multiple)
     stride = tokenizer.spatial_stride

@@ -56,7 +56,14 @@ class FrameLoop:
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.noise = NoiseAhead(
-            shape, config.noise_dims, batch, dtype=dtype, device=device, compile=compiler is not None
+            shape,
+            config.noise_dims,
+            batch,
+            dtype=dtype,
+            device=device,
+            compile=compiler is not None,
+            starts=sampler.start_noise * sampler.temperature > 0,
+            contexts=sampler.context_noise > 0,
         )
         self.noise_scale_3 = zeros(3) + 1
         """Factors on the noise of this frame: of latents, proprioception, the model's."""

@@ -35,8 +35,9 @@ EXACT: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.divisi
 class NoiseAhead:
     """The bits of `NoiseStream` for frame after frame, in one buffer that stays where it is.
 
-    With `compile` the drawing is one fused kernel, which is held to the bits of the plain one the first time
-    and given up, with a warning, if it differs.
+    Without `starts` or `contexts` that noise is zero and not drawn: for samplers that take none of it. With
+    `compile` the drawing is one fused kernel, which is held to the bits of the plain one the first time and
+    given up, with a warning, if it differs.
     """
 
     def __init__(
@@ -48,13 +49,21 @@ class NoiseAhead:
         dtype: torch.dtype,
         device: torch.device,
         compile: bool = False,
+        starts: bool = True,
+        contexts: bool = True,
     ) -> None:
         latents, proprio = (shape.views, shape.channels, shape.height, shape.width), (shape.proprio_dims,)
+        starts = starts or not (contexts or noise_dims)
+        self._drawn = (starts, contexts)
         self.requests = [
             Request(0, purpose, size)
-            for kind in (START, CONTEXT)
+            for kind, wanted in zip((START, CONTEXT), self._drawn, strict=True)
             for purpose, size in zip(kind, (latents, proprio), strict=True)
+            if wanted
         ]
+        self._none = Frames(
+            *(torch.zeros(batch, 1, *size, dtype=dtype, device=device) for size in (latents, proprio))
+        )
         if noise_dims:
             self.requests.append(Request(0, Purpose.MODEL, (noise_dims,)))
         blocks_3N = name_blocks(self.requests).to(device)
@@ -87,9 +96,12 @@ class NoiseAhead:
     @property
     def parts(self) -> tuple[Frames, Frames, Tensor | None]:
         """Views of the buffer: the start and the context's noise [B, 1, ...], the model's [B, X]."""
-        parts = part_normals(self.now_BX, self.requests)
-        start, context = (Frames(parts[i][:, None], parts[i + 1][:, None]) for i in (0, 2))
-        return start, context, parts[4] if len(parts) > 4 else None
+        parts = iter(part_normals(self.now_BX, self.requests))
+        start, context = (
+            Frames(next(parts)[:, None], next(parts)[:, None]) if drawn else self._none
+            for drawn in self._drawn
+        )
+        return start, context, next(parts, None)
 
     def _draw(self, frame: int) -> Tensor:
         blocks_3N = self._blocks_3N.clone()
