@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,17 @@ from vidworld import cli
 from vidworld.contract import ActionContract, Dimension, Statistics
 from vidworld.data.convert import ConvertOptions, convert
 from vidworld.data.shards import ShardDataset
-from vidworld.errors import DataError
+from vidworld.errors import ConfigError, DataError
 from vidworld.evaluation.calibrate import _of_samples
 from vidworld.evaluation.metrics import crps
-from vidworld.evaluation.recalibration import Forecast, fit_conformal, fit_scale, ratios, summary
+from vidworld.evaluation.recalibration import (
+    Forecast,
+    fit_conformal,
+    fit_scale,
+    ratios,
+    source_of,
+    summary,
+)
 from vidworld.evaluation.verification import spread_and_error
 from vidworld.evaluation.windows import half_of
 from vidworld.lab.planar import PlanarConfig, PlanarSource
@@ -86,6 +94,33 @@ def test_factors_mend_a_world_of_the_wrong_spread(own, source):
     assert np.exp(np.log(factor_T * shrink_T).mean()) == pytest.approx(1, abs=0.2)
     assert (scale.model == ()) == (source == "start")
     assert (scale.latents == ()) == (source == "model")
+
+
+@pytest.mark.parametrize(
+    ("start_noise", "noise_dims", "asked", "found"),
+    [
+        (1.0, 0, "auto", "start"),
+        (0.0, 8, "auto", "model"),
+        (0.5, 8, "auto", "both"),
+        (1.0, 8, "start", "start"),
+        (1.0, 8, "model", "model"),
+        (0.0, 8, "none", "none"),
+        (1.0, 0, "model", "expected start or none: the network has no noise input"),
+        (1.0, 0, "both", "expected start or none: the network has no noise input"),
+        (0.0, 8, "start", "expected model or none: its frames start from no noise"),
+        (0.0, 8, "both", "expected model or none: its frames start from no noise"),
+    ],
+)
+def test_what_is_scaled_is_the_noise_that_samples_begin_with(start_noise, noise_dims, asked, found):
+    """Factors on noise that a world does not have, or does not need, would mend nothing."""
+    spec = SimpleNamespace(
+        sampler=SimpleNamespace(start_noise=start_noise), model=SimpleNamespace(noise_dims=noise_dims)
+    )
+    if found.startswith("expected"):
+        with pytest.raises(ConfigError, match=found):
+            source_of(spec, asked)
+    else:
+        assert source_of(spec, asked) == found
 
 
 def test_an_honest_world_is_left_nearly_as_it_is():
