@@ -55,7 +55,7 @@ def main() -> None:
     group = sequence_groups(dist.get_world_size())
     results = {}
 
-    x_BTND = torch.arange(2 * 6 * 7 * 3, dtype=torch.float64).view(2, 6, 7, 3)
+    x_BTND = torch.arange(2 * 12 * 7 * 3, dtype=torch.float64).view(2, 12, 7, 3)
     half = x_BTND.chunk(group.size, 1)[group.rank].clone().requires_grad_()
     there = to_all_frames(half, group)
     back = to_all_tokens(there, 7, group)
