@@ -170,6 +170,18 @@ def test_a_world_that_learns_no_steps_between_takes_one(
     settings.world(latents, tokenizer_run, **given, sampler={"steps": 1})
 
 
+def test_shortcuts_start_from_whole_noise(
+    latents: Path, tokenizer_run: Path, settings: SimpleNamespace
+) -> None:
+    """They learn to leave it; energy scores may start from a part."""
+    part = {"steps": 1, "start_noise": 0.5}
+    with pytest.raises(ConfigError, match=r"sampler\.start_noise of objective\.kind 'shortcut'.*got 0\.5"):
+        settings.world(latents, tokenizer_run, sampler=part)
+    model = {**to_mapping(settings.world(latents, tokenizer_run).model), "noise_dims": 4}
+    found = settings.world(latents, tokenizer_run, model=model, objective={"kind": "energy"}, sampler=part)
+    assert found.sampler.start_noise == 0.5
+
+
 def test_a_gate_that_copies_wants_no_noise_in_the_context(
     latents: Path, tokenizer_run: Path, settings: SimpleNamespace
 ) -> None:

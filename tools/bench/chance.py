@@ -25,7 +25,7 @@ from uncertainty_worlds import Imaginer, Window, encode, read_windows
 
 from vidworld.config import parse
 from vidworld.data.shards import ShardDataset
-from vidworld.errors import ConfigError
+from vidworld.errors import ConfigError, UserError
 from vidworld.evaluation.lab_truth import kind_of
 from vidworld.world.load import load
 from vidworld.world.noise_scale import LEAST, NoiseScale
@@ -115,6 +115,6 @@ def coherence(world: WorldModel, difference_NTX: Tensor) -> float:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:], "python tools/bench/chance.py")
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
